@@ -1,0 +1,1 @@
+"""Model folders: what they hold, reading and writing them piece by piece, and GGUF import."""

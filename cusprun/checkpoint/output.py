@@ -1,0 +1,89 @@
+"""Output that is whole or absent: written beside its place under a hidden name, committed by rename."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cusprun.errors import OutputError
+
+_WRITE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG})
+
+
+def _partial_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial-{os.getpid()}")
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise ``OutputError`` when ``path`` exists already or its parent cannot be made."""
+    if path.exists() or path.is_symlink():
+        raise OutputError(f"{path} exists already; choose another output or remove it first")
+    try:
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"the folder {path.absolute().parent} cannot be made ({error.strerror})") from None
+
+
+def require_space(path: Path, num_bytes: int) -> None:
+    """Raise ``OutputError`` when the disk that will hold ``path`` has less than ``num_bytes`` free."""
+    parent = path.absolute().parent
+    free = shutil.disk_usage(parent).free
+    if free < num_bytes:
+        raise OutputError(
+            f"{path} needs {num_bytes / 1e6:,.0f} MB and {parent} has {free / 1e6:,.0f} MB free; "
+            "free some space or choose another disk"
+        )
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a folder to write into that becomes ``path`` when the block ends well and vanishes otherwise.
+
+    Raises:
+        OutputError: ``path`` exists already, or the disk is full or refuses to be written.
+    """
+    refuse_existing(path)
+    partial = _partial_name(path)
+    with _reported(path):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            yield partial
+            partial.rename(path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a path to write to that becomes ``path`` when the block ends well and vanishes otherwise.
+
+    Raises:
+        OutputError: ``path`` exists already, or the disk is full or refuses to be written.
+    """
+    refuse_existing(path)
+    partial = _partial_name(path)
+    with _reported(path):
+        try:
+            yield partial
+            partial.rename(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _reported(path: Path) -> Iterator[None]:
+    """Turn the disk's own errors into one sentence; only errors about writing, never about reading."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _WRITE_ERRORS:
+            raise OutputError(
+                f"{path} cannot be written ({error.strerror}); nothing was left behind, "
+                "free some space or choose another place"
+            ) from None
+        raise

@@ -1,0 +1,37 @@
+"""Weights read one tensor at a time, and checked as they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from safetensors import safe_open
+
+from cusprun.checkpoint.index import CheckpointIndex
+from cusprun.errors import ModelError
+
+
+def read_tensor(index: CheckpointIndex, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Read one tensor into memory, cast to ``dtype`` when given.
+
+    Raises:
+        ModelError: the file cannot be read any more, or the tensor holds NaN or infinite values.
+    """
+    info = index.tensors[name]
+    try:
+        with safe_open(info.file, framework="pt") as stream:
+            tensor: torch.Tensor = stream.get_tensor(name)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelError(f"{info.file}: {name} cannot be read ({error}); copy the file again") from None
+    if not torch.isfinite(tensor).all():
+        raise ModelError(f"{info.file}: {name} holds NaN or infinite values; start from a sound checkpoint")
+    return tensor.to(dtype) if dtype is not None else tensor
+
+
+def layer_tensors(
+    index: CheckpointIndex, layer: int, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield ``(full name, tensor)`` for each tensor of decoder block ``layer``."""
+    for spec in index.family.layer_specs(layer):
+        if spec.name in index.tensors:
+            yield spec.name, read_tensor(index, spec.name, dtype)

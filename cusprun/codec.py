@@ -1,0 +1,159 @@
+"""Frozen dataclasses to JSON and back, strictly: unknown, missing and mistyped keys are refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cusprun.errors import UserError, nearest
+
+T = TypeVar("T")
+
+
+class Indices(tuple[int, ...]):
+    """Sorted, distinct, non-negative integers; written in JSON as ranges, like ``"0-3 7 9-12"``."""
+
+    __slots__ = ()
+
+    def __new__(cls, values: Iterable[int] = ()) -> Indices:
+        """Sort and deduplicate ``values``."""
+        return super().__new__(cls, sorted({int(value) for value in values}))
+
+    def to_text(self) -> str:
+        """Return the ranges as text."""
+        parts: list[str] = []
+        start = previous = None
+        for value in (*self, None):
+            if start is not None and value is not None and previous is not None and value == previous + 1:
+                previous = value
+                continue
+            if start is not None:
+                parts.append(str(start) if start == previous else f"{start}-{previous}")
+            start = previous = value
+        return " ".join(parts)
+
+    @classmethod
+    def from_text(cls, text: str) -> Indices:
+        """Parse ranges; raises ``ValueError`` on anything else."""
+        values: list[int] = []
+        for part in text.replace(",", " ").split():
+            first, dash, last = part.partition("-")
+            if not first.isdigit() or (dash and not last.isdigit()):
+                raise ValueError(f"{part!r} is not a number or a range like '4-9'")
+            start, stop = int(first), int(last or first)
+            if stop < start:
+                raise ValueError(f"the range {part!r} runs backwards")
+            values.extend(range(start, stop + 1))
+        if len(set(values)) != len(values):
+            raise ValueError("an index stands twice")
+        return cls(values)
+
+
+def to_plain(value: Any) -> Any:
+    """Turn a record into dictionaries, lists and scalars that JSON can hold."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Indices):
+        return value.to_text()
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def from_plain(kind: Any, plain: Any, where: str = "") -> Any:
+    """Build a value of type ``kind`` from plain data; ``where`` names the place for error texts.
+
+    Raises:
+        UserError: a key is unknown or missing, or a value has the wrong type.
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return plain
+    if dataclasses.is_dataclass(kind):
+        return _record_from(kind, plain, where)
+    if kind is Indices:
+        return _indices_from(plain, where)
+    if origin in (typing.Union, types.UnionType):
+        if plain is None and type(None) in arguments:
+            return None
+        (inner,) = [argument for argument in arguments if argument is not type(None)]
+        return from_plain(inner, plain, where)
+    if origin is tuple:
+        if not isinstance(plain, list):
+            raise UserError(f"{where} must be a list, not {plain!r}")
+        return tuple(from_plain(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(plain))
+    if origin in (dict, Mapping) or getattr(origin, "__name__", "") == "Mapping":
+        if not isinstance(plain, dict):
+            raise UserError(f"{where} must be a mapping, not {plain!r}")
+        return {key: from_plain(arguments[1], item, f"{where}.{key}") for key, item in plain.items()}
+    return _scalar_from(kind, plain, where)
+
+
+def _indices_from(plain: Any, where: str) -> Indices:
+    try:
+        return Indices.from_text(plain)
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _scalar_from(kind: Any, plain: Any, where: str) -> Any:
+    if kind is float and isinstance(plain, int) and not isinstance(plain, bool):
+        return float(plain)
+    if not isinstance(plain, kind) or (isinstance(plain, bool) and kind is not bool):
+        raise UserError(f"{where} must be of type {kind.__name__}, not {plain!r}")
+    return plain
+
+
+def _record_from(kind: Any, plain: Any, where: str) -> Any:
+    if not isinstance(plain, dict):
+        raise UserError(f"{where or kind.__name__} must be a mapping, not {plain!r}")
+    hints = typing.get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    prefix = f"{where}." if where else ""
+    for key in plain:
+        if key not in fields:
+            raise UserError(f"unknown key {prefix + str(key)!r}{nearest(str(key), fields)}")
+    values = {}
+    for name, field in fields.items():
+        if name in plain:
+            values[name] = from_plain(hints[name], plain[name], prefix + name)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise UserError(f"missing key {prefix + name!r}")
+    return kind(**values)
+
+
+def dump_json(record: Any, path: Path) -> None:
+    """Write a record as indented UTF-8 JSON, committed by rename."""
+    partial = path.with_name(f".{path.name}.partial")
+    text = json.dumps(to_plain(record), ensure_ascii=False, indent=2, allow_nan=False)
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def load_json(kind: type[T], path: Path, error: type[UserError] = UserError) -> T:
+    """Read a record of type ``kind`` from a JSON file.
+
+    Raises:
+        error: the file is missing, is not JSON or does not describe such a record.
+    """
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error(f"{path} does not exist; check the path") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as fault:
+        raise error(f"{path} cannot be read as JSON ({fault}); make it again") from None
+    try:
+        record: T = from_plain(kind, plain)
+    except UserError as fault:
+        raise error(f"{path}: {fault}") from None
+    return record

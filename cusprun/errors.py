@@ -1,0 +1,89 @@
+"""The error tree: every failure a user can cause or meet is one typed, one-sentence error.
+
+The exit codes are the contract of the command line: 2 for the user's fault, 3 for a failed
+measurement or gate, 1 for ours.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class CusprunError(Exception):
+    """Base of all errors raised on purpose; its text says what is wrong, where, and what to do."""
+
+    exit_code = 1
+
+
+class UserError(CusprunError):
+    """The input, the options or the machine cannot do what was asked."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """An expert, recipe or option file is not valid; ``faults`` holds every fault found."""
+
+    def __init__(self, where: str, faults: Iterable[str]) -> None:
+        self.where = where
+        self.faults = tuple(faults)
+        lines = "\n".join(f"  - {fault}" for fault in self.faults)
+        super().__init__(f"{where} is not valid; mend this and run again:\n{lines}")
+
+
+class CorpusError(UserError):
+    """A corpus is missing, empty, unreadable or too small."""
+
+
+class ModelError(UserError):
+    """A model folder or file is missing, damaged or unsafe to read."""
+
+
+class UnsupportedModelError(ModelError):
+    """The model is sound, but of a family or shape that cannot be handled."""
+
+
+class PlanError(UserError):
+    """A plan is impossible, malformed or made for another model."""
+
+
+class StoreError(UserError):
+    """An impact store is damaged or was made from another model or corpus."""
+
+
+class OutputError(UserError):
+    """The output path exists, cannot be written or does not fit on the disk."""
+
+
+class ExportError(UserError):
+    """The model cannot be written in the wanted format."""
+
+
+class MissingDependencyError(UserError):
+    """An optional runtime is not installed; the text gives the command that adds it."""
+
+
+class MeasurementError(CusprunError):
+    """A measurement did not finish."""
+
+    exit_code = 3
+
+
+class GateError(CusprunError):
+    """A proof failed: an artifact does not compute the same as its checkpoint."""
+
+    exit_code = 3
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the closest known name, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def require_known(name: str, known: Iterable[str], what: str, error: type[UserError] = UserError) -> None:
+    """Raise ``error`` when ``name`` is not among ``known``, listing them and the nearest one."""
+    names = sorted(known)
+    if name not in names:
+        raise error(f"unknown {what} {name!r}{nearest(name, names)} (known: {', '.join(names)})")
