@@ -1,0 +1,1 @@
+"""The layer walk: a model's forward pass over many documents, one decoder block in memory at a time."""

@@ -1,0 +1,119 @@
+"""A stock transformers decoder that holds one block at a time.
+
+The blocks, masks and rotary embeddings are transformers' own code: the decoder is built without storage,
+its list of blocks is set to the one block that is loaded, and its own ``forward`` is called on hidden states.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from cusprun.checkpoint.index import CheckpointIndex
+from cusprun.checkpoint.reader import layer_tensors, read_tensor
+from cusprun.errors import ModelError
+from cusprun.walk.batches import Batch
+
+
+class DecoderShell:
+    """Runs the blocks of one checkpoint in float32, each loaded when asked for."""
+
+    def __init__(self, index: CheckpointIndex) -> None:
+        self.index = index
+        self._config = _load_config(index)
+        with torch.device("meta"):
+            model = _model_class().from_config(
+                self._config, attn_implementation="sdpa", dtype=torch.float32, trust_remote_code=False
+            )
+        decoder = model.get_submodule(index.family.modules.decoder)
+        self._blocks = list(decoder.layers)
+        self._embedding = decoder.embed_tokens
+        self._norm = decoder.norm
+        # Rotary tables are buffers that no checkpoint stores: made again with storage.
+        decoder.rotary_emb = type(decoder.rotary_emb)(config=decoder.config)
+        decoder.embed_tokens = decoder.norm = nn.Identity()
+        self._decoder = decoder.eval()
+        self._layer_types = getattr(decoder.config, "layer_types", None)
+
+    def embed(self, batch: Batch) -> torch.Tensor:
+        """Return the input of block 0: float32 [documents, tokens, hidden_size].
+
+        Only the rows of tokens that occur are cast, so a large vocabulary costs no float32 copy.
+        """
+        return self.embed_all([batch])[0]
+
+    def embed_all(self, batches: list[Batch]) -> list[torch.Tensor]:
+        """Return the inputs of block 0 for several batches, reading the table once."""
+        table = read_tensor(self.index, self.index.family.embedding_name())
+        highest = max(int(batch.token_ids.max()) for batch in batches)
+        if highest >= table.shape[0]:
+            raise ModelError(
+                f"{self.index.folder}: its tokenizer gives the token {highest}, but the embedding has "
+                f"{table.shape[0]} rows; use the tokenizer that belongs to the model"
+            )
+        used = torch.unique(torch.cat([batch.token_ids.flatten() for batch in batches]))
+        embedding = copy.deepcopy(self._embedding)
+        embedding.padding_idx = None
+        embedding.weight = nn.Parameter(table[used].float(), requires_grad=False)
+        with torch.inference_mode():
+            return [embedding(torch.searchsorted(used, batch.token_ids)) for batch in batches]
+
+    def load_block(self, layer: int) -> nn.Module:
+        """Return decoder block ``layer`` with its float32 weights; drop it to free them."""
+        prefix = self.index.family.layer_prefix(layer)
+        weights = {
+            name.removeprefix(prefix): t for name, t in layer_tensors(self.index, layer, torch.float32)
+        }
+        block: nn.Module = copy.deepcopy(self._blocks[layer]).eval()
+        _assign(block, weights)
+        return block
+
+    def load_norm(self) -> nn.Module:
+        """Return the final norm with its float32 weights."""
+        norm: nn.Module = copy.deepcopy(self._norm)
+        _assign(norm, {"weight": read_tensor(self.index, self.index.family.final_norm_name(), torch.float32)})
+        return norm
+
+    @contextmanager
+    def holding(self, layer: int, block: nn.Module) -> Iterator[None]:
+        """Make ``block`` the decoder's only block, in the place of block ``layer``."""
+        self._decoder.layers = nn.ModuleList([block])
+        if self._layer_types is not None:
+            self._decoder.config.layer_types = [self._layer_types[layer]]
+        try:
+            yield
+        finally:
+            self._decoder.layers = nn.ModuleList()
+            if self._layer_types is not None:
+                self._decoder.config.layer_types = self._layer_types
+
+    def run(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Run the held block on hidden states: float32 [documents, tokens, hidden_size], same out."""
+        with torch.inference_mode():
+            output: torch.Tensor = self._decoder(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        return output
+
+
+def _assign(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    module.load_state_dict(dict(weights), strict=True, assign=True)
+
+
+def _model_class() -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM
+
+
+def _load_config(index: CheckpointIndex) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(index.folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the strict configs of transformers raise many types
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{index.folder / 'config.json'} is refused by transformers: {reason}") from None
