@@ -1,0 +1,1 @@
+"""The method: impacts, the rules that judge them, the plan, the refit and the rewrite."""

@@ -1,0 +1,64 @@
+"""Impacts in closed form: how much a sublayer's output changes when one unit alone is removed.
+
+A sublayer's last projection reads channels and sums them: y = W c. Removing a block B of channels removes
+W[:, B] c[B], so the impact on a document with tokens t is (arXiv 2506.02561, section 3)
+
+    impact(B)^2 = sum_t |W[:, B] c_t[B]|^2 = <C_B, W[:, B]^T W[:, B]>,   C_B = sum_t c_t[B] c_t[B]^T.
+
+A single FFN channel k is the block of one: impact = |c[k]| * |W[:, k]|. One dense pass that sees the
+channels c therefore scores every unit at once.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def channel_impacts(channels: torch.Tensor, mask: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return the impact of every single channel on every document.
+
+    Args:
+        channels: input of the projection, [documents, tokens, channels].
+        mask: true at real tokens, [documents, tokens].
+        weight: the projection, [features, channels].
+
+    Returns:
+        Euclidean norms over tokens and features, [documents, channels], in the units of the output.
+    """
+    masked = torch.where(mask.unsqueeze(-1), channels, 0)
+    norms: torch.Tensor = torch.linalg.vector_norm(masked, dim=1)
+    column_norms: torch.Tensor = torch.linalg.vector_norm(weight, dim=0)
+    return norms * column_norms
+
+
+def head_impacts(
+    channels: torch.Tensor, mask: torch.Tensor, weight: torch.Tensor, head_dim: int, heads_per_group: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the impacts of every query head and of every KV group on every document.
+
+    Args:
+        channels: attention-weighted values, [documents, tokens, heads * head_dim], heads of a group adjacent.
+        mask: true at real tokens, [documents, tokens].
+        weight: the output projection, [features, heads * head_dim].
+        head_dim: channels of a head.
+        heads_per_group: query heads that share a KV head.
+
+    Returns:
+        Impacts of heads [documents, heads] and of groups [documents, groups], in the units of the output.
+    """
+    documents, tokens, width = channels.shape
+    block = head_dim * heads_per_group
+    groups = width // block
+    masked = torch.where(mask.unsqueeze(-1), channels, 0)
+    blocks = masked.view(documents, tokens, groups, block).transpose(1, 2)
+    gram = blocks.transpose(-1, -2) @ blocks  # [documents, groups, block, block]
+    columns = weight.view(-1, groups, block).permute(1, 2, 0)
+    product = gram * (columns @ columns.transpose(-1, -2))
+    # A head is a diagonal block of its group's product.
+    heads = product.view(documents, groups, heads_per_group, head_dim, heads_per_group, head_dim)
+    head_squares = torch.diagonal(heads.sum(dim=(3, 5)), dim1=-2, dim2=-1)
+    # Rounding can take the square of an idle unit below zero.
+    return (
+        head_squares.reshape(documents, -1).clamp_min(0).sqrt(),
+        product.sum(dim=(-2, -1)).clamp_min(0).sqrt(),
+    )
