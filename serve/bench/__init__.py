@@ -1,0 +1,1 @@
+"""Before against after: load time, latency, speed and memory of two model files, measured fairly."""
