@@ -59,6 +59,7 @@ class Family:
     optional_tensors: Mapping[str, tuple[str, ...]]
     layer_tensors: Mapping[str, tuple[str, ...]]
     optional_layer_tensors: Mapping[str, tuple[str, ...]]
+    bias_flags: Mapping[str, tuple[str, ...]]
 
     def layer_specs(self, layer: int) -> Iterator[TensorSpec]:
         """Yield the tensors of decoder block ``layer``."""
@@ -101,7 +102,7 @@ def families() -> Mapping[str, Family]:
 def _parse(data: dict[str, Any]) -> Family:
     tables: dict[str, Any] = {
         key: {name: tuple(axes) for name, axes in data.pop(key).items()}
-        for key in ("tensors", "optional_tensors", "layer_tensors", "optional_layer_tensors")
+        for key in ("tensors", "optional_tensors", "layer_tensors", "optional_layer_tensors", "bias_flags")
     }
     return Family(modules=Modules(**data.pop("modules")), **tables, **data)
 
