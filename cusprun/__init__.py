@@ -1,0 +1,89 @@
+"""Turn a general language model into a smaller expert for one language, domain and task.
+
+``import cusprun`` costs nothing: every name below is loaded when it is first used. Paths are ``str`` or
+``Path``; a model is a local Hugging Face folder, a hub id, a GGUF file, or ``package:NAME`` for the one GGUF
+file inside an installed Python package.
+
+==================  =========================================================================
+``import_gguf``     a GGUF file to a Hugging Face folder
+``inspect``         parameters, bytes and shapes by part
+``score``           a model and an expert to a store of impacts
+``plan``            impacts to the shape and the units that survive
+``prune``           a model and an expert to a smaller model
+``export``          a Hugging Face folder to a GGUF file, proven equal
+``verify``          the proof alone, for files that exist
+``evaluate``        perplexity and agreement on held-out documents
+``bench``           latency, speed and memory of two models side by side
+``run``             a recipe: all of the above in one go
+``doctor``          what is installed and what works here
+==================  =========================================================================
+
+Errors are ``cusprun.errors.CusprunError`` and its kinds, each one sentence that says what to do.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cusprun import errors as errors
+    from cusprun.diagnosis import doctor as doctor
+    from cusprun.pipeline.artifacts import bench as bench
+    from cusprun.pipeline.artifacts import export as export
+    from cusprun.pipeline.artifacts import verify as verify
+    from cusprun.pipeline.evaluation import evaluate as evaluate
+    from cusprun.pipeline.models import import_gguf as import_gguf
+    from cusprun.pipeline.models import inspect as inspect
+    from cusprun.pipeline.run import run as run
+    from cusprun.pipeline.stages import plan as plan
+    from cusprun.pipeline.stages import prune as prune
+    from cusprun.pipeline.stages import score as score
+    from cusprun.version import __version__ as __version__
+
+_FUNCTIONS = {
+    "import_gguf": "cusprun.pipeline.models",
+    "inspect": "cusprun.pipeline.models",
+    "score": "cusprun.pipeline.stages",
+    "plan": "cusprun.pipeline.stages",
+    "prune": "cusprun.pipeline.stages",
+    "export": "cusprun.pipeline.artifacts",
+    "verify": "cusprun.pipeline.artifacts",
+    "bench": "cusprun.pipeline.artifacts",
+    "evaluate": "cusprun.pipeline.evaluation",
+    "run": "cusprun.pipeline.run",
+    "doctor": "cusprun.diagnosis",
+    "__version__": "cusprun.version",
+}
+"""Public names and the modules they live in."""
+
+__all__ = [
+    "__version__",
+    "bench",
+    "doctor",
+    "errors",
+    "evaluate",
+    "export",
+    "import_gguf",
+    "inspect",
+    "plan",
+    "prune",
+    "run",
+    "score",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "errors":
+        return import_module("cusprun.errors")
+    if name not in _FUNCTIONS:
+        raise AttributeError(f"module 'cusprun' has no attribute {name!r}")
+    found = getattr(import_module(_FUNCTIONS[name]), name)
+    setattr(sys.modules[__name__], name, found)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -132,8 +132,8 @@ class Plan:
     """Which units survive; made from a store, editable by hand, applied to the model it was made for.
 
     ``ratio`` is what was asked for; ``block_ratio`` and ``total_ratio`` are the shares of the decoder
-    blocks' attention and FFN parameters, and of all parameters, that go. ``ffn_thresholds`` are the scores, in
-    the units of the rule, at or below which an FFN channel of each block was found irrelevant.
+    blocks' attention and FFN parameters, and of all parameters, that go. ``ffn_thresholds`` are the scores,
+    in the units of the rule, at or below which an FFN channel of each block was found irrelevant.
     """
 
     model_hash: str

@@ -17,8 +17,8 @@ from torch import nn
 from cusprun.checkpoint.index import CheckpointIndex
 from cusprun.checkpoint.reader import read_tensor
 from cusprun.families import axis_length
-from cusprun.prune.refit import add_to_gram, mirror, refit
-from cusprun.prune.slicing import kept_positions
+from cusprun.pruning.refit import add_to_gram, mirror, refit
+from cusprun.pruning.slicing import kept_positions
 from cusprun.records import LayerPlan, LayerRefit, Shape, TokenizedDocument
 from cusprun.walk.batches import Batch, make_batches
 from cusprun.walk.shell import DecoderShell

@@ -18,8 +18,8 @@ from cusprun.checkpoint.output import atomic_folder, refuse_existing, require_sp
 from cusprun.checkpoint.writer import DEFAULT_SHARD_BYTES
 from cusprun.codec import dump_json
 from cusprun.progress import SILENT, Progress
-from cusprun.prune.card import model_card
-from cusprun.prune.rewrite import write_weights
+from cusprun.pruning.card import model_card
+from cusprun.pruning.rewrite import write_weights
 from cusprun.quality.likelihood import DocumentLikelihood, measure_likelihood, perplexity
 from cusprun.records import Corpora, Expert, LayerRefit, Manifest, Plan, Shape
 from cusprun.version import __version__

@@ -16,8 +16,8 @@ from cusprun.codec import dump_json
 from cusprun.errors import CorpusError
 from cusprun.families import Modules
 from cusprun.progress import SILENT, Progress
-from cusprun.prune.impact import channel_impacts, head_impacts
-from cusprun.prune.store import STORE_FILE, StoredDocument, StoreInfo, layer_file, unit_counts
+from cusprun.pruning.impact import channel_impacts, head_impacts
+from cusprun.pruning.store import STORE_FILE, StoredDocument, StoreInfo, layer_file, unit_counts
 from cusprun.records import Corpora, Shape
 from cusprun.version import __version__
 from cusprun.walk.batches import Batch, make_batches

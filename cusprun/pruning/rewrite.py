@@ -11,8 +11,8 @@ from cusprun.checkpoint.reader import read_tensor
 from cusprun.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, Declared
 from cusprun.families import axis_length
 from cusprun.progress import SILENT, Progress
-from cusprun.prune.refit_walk import BlockRefit, refit_walk
-from cusprun.prune.slicing import cut_tensor
+from cusprun.pruning.refit_walk import BlockRefit, refit_walk
+from cusprun.pruning.slicing import cut_tensor
 from cusprun.records import LayerPlan, LayerRefit, Plan, TokenizedDocument
 
 BlockFitter = Callable[[int, LayerPlan], BlockRefit]

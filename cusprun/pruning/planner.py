@@ -11,9 +11,9 @@ from cusprun.checkpoint.index import CheckpointIndex
 from cusprun.codec import Indices
 from cusprun.errors import PlanError, require_known
 from cusprun.families import Family
-from cusprun.prune.rules import DEFAULT_RULE, RULES
-from cusprun.prune.store import ImpactStore
-from cusprun.prune.targets import (
+from cusprun.pruning.rules import DEFAULT_RULE, RULES
+from cusprun.pruning.store import ImpactStore
+from cusprun.pruning.targets import (
     DEFAULT_TARGETS,
     Constraints,
     block_parameters,

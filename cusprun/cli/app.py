@@ -1,0 +1,151 @@
+"""The command ``cusprun``: its commands, and how every failure becomes one line and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from cusprun.cli import artifacts, experts, models, recipes
+from cusprun.cli.console import quieten
+from cusprun.errors import CusprunError
+
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+EXIT_TERMINATED = 128 + signal.SIGTERM
+_DEBUG_VARIABLE = "CUSPRUN_DEBUG"
+_DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES})
+
+app = typer.Typer(
+    name="cusprun",
+    invoke_without_command=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for room in (models, experts, artifacts, recipes):
+    room.register(app)
+
+
+class _Terminated(BaseException):
+    """SIGTERM, raised in the main thread so that half-written output is removed on the way out."""
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from cusprun.version import __version__
+
+        typer.echo(f"cusprun {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    context: typer.Context,
+    _version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
+    ] = False,
+    _debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks and the chatter of libraries.")
+    ] = False,
+) -> None:
+    """Turn a general language model into a smaller expert for one language, domain and task.
+
+    A MODEL is a local Hugging Face folder, a hub id like owner/name, a GGUF file, or package:NAME for the one
+    GGUF file inside an installed Python package.
+    """
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit with its code."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command line; returns the exit code."""
+    debug = os.environ.get(_DEBUG_VARIABLE, "") not in ("", "0") or "--debug" in arguments[:1]
+    quieten(debug)
+    with _terminated_gently():
+        return _run(arguments, debug)
+
+
+def _run(arguments: Sequence[str], debug: bool) -> int:
+    try:
+        outcome = typer.main.get_command(app).main(
+            args=list(arguments), prog_name="cusprun", standalone_mode=False
+        )
+    except CusprunError as error:
+        return _failed(str(error), error.exit_code, debug)
+    except (KeyboardInterrupt, typer.Abort):
+        return _interrupted()
+    except _Terminated:
+        return _failed("terminated; nothing half-written was left behind", EXIT_TERMINATED, False)
+    except BrokenPipeError:
+        # Whoever read the output has seen enough; without this, the flush at exit complains once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno in _DISK_ERRORS:
+            where = f"{error.filename}: " if error.filename else ""
+            return _failed(f"{where}{error.strerror}; free some space or choose another place", 2, debug)
+        return _unexpected(error, debug)
+    except Exception as error:
+        return _refused(error, debug) if hasattr(error, "format_message") else _unexpected(error, debug)
+    return _interrupted() if outcome == EXIT_INTERRUPTED else int(outcome or 0)
+
+
+@contextmanager
+def _terminated_gently() -> Iterator[None]:
+    """Make SIGTERM an exception for as long as a command runs; only a main thread may."""
+
+    def on_terminate(_number: int, _frame: Any) -> NoReturn:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, on_terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _interrupted() -> int:
+    return _failed(
+        "interrupted; nothing half-written was left behind, and the same command continues from the "
+        "finished stages",
+        EXIT_INTERRUPTED,
+        False,
+    )
+
+
+def _refused(error: Any, debug: bool) -> int:
+    """Report options and commands that do not exist; the parser's own texts suggest the nearest."""
+    context = getattr(error, "ctx", None)
+    hint = f" (see: {context.command_path} --help)" if context is not None else ""
+    return _failed(error.format_message().rstrip(".") + hint, error.exit_code, debug)
+
+
+def _unexpected(error: Exception, debug: bool) -> int:
+    kind, text = type(error).__name__, " ".join(str(error).split())
+    what = f"{kind}: {text}" if text else kind
+    return _failed(
+        f"unexpected {what}; please report this with the traceback that `cusprun --debug ...` shows", 1, debug
+    )
+
+
+def _failed(text: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"error: {text}", file=sys.stderr)  # noqa: T201
+    return code

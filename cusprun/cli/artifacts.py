@@ -1,0 +1,86 @@
+"""``export``, ``verify`` and ``bench``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cusprun.cli.console import ConsoleProgress, stdout
+from cusprun.cli.options import JsonFile, OptionalExpertFile, refuse_existing_json, write_json
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.command("export")(export)
+    app.command("verify")(verify)
+    app.command("bench")(bench)
+
+
+def export(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Model to export.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="File to write.", show_default=False)],
+    to: Annotated[str, typer.Option(help="Format: gguf.")] = "gguf",
+    quant: Annotated[str, typer.Option(help="Precision: f32, f16, bf16 or q8_0.")] = "f16",
+    prove: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Prove that it computes the same.")
+    ] = True,
+    expert: OptionalExpertFile = None,
+) -> None:
+    """Write a model for a runtime, and prove that it computes the same."""
+    from cusprun.pipeline.artifacts import export as run
+
+    path = run(folder, out, to=to, quant=quant, verify=prove, expert=expert, progress=ConsoleProgress())
+    typer.echo(f"wrote {path}")
+    if prove:
+        typer.echo(f"it computes the same as {folder}: {path}.parity.json")
+
+
+def verify(
+    folder: Annotated[
+        str,
+        typer.Argument(metavar="DIR", help="Model that the artifacts were made from.", show_default=False),
+    ],
+    artifacts: Annotated[
+        list[Path], typer.Argument(metavar="ARTIFACT...", help="Exported files.", show_default=False)
+    ],
+    expert: OptionalExpertFile = None,
+) -> None:
+    """Prove that exported files compute the same as the model they were made from."""
+    from cusprun.cli.tables import parity_table
+    from cusprun.pipeline.artifacts import verify as run
+
+    stdout().print(parity_table(run(folder, artifacts, expert=expert, progress=ConsoleProgress())))
+
+
+def bench(
+    before: Annotated[str, typer.Option(help="GGUF file, folder or hub id.", show_default=False)],
+    after: Annotated[str, typer.Option(help="GGUF file, folder or hub id.", show_default=False)],
+    quant: Annotated[str, typer.Option(help="Precision that folders are exported to first.")] = "q8_0",
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 256,
+    decode_tokens: Annotated[int, typer.Option(help="Tokens decoded one by one.")] = 128,
+    pairs: Annotated[int, typer.Option(help="Runs of each model.")] = 9,
+    time_limit: Annotated[float, typer.Option(help="Seconds after which no further pair is begun.")] = 90.0,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads; the physical cores by default.", show_default=False)
+    ] = None,
+    json: JsonFile = None,
+) -> None:
+    """Measure two models side by side in llama.cpp: latency, speed, memory."""
+    from cusprun.cli.tables import row_table
+    from cusprun.pipeline.artifacts import bench as run
+    from serve.bench.records import BenchOptions
+    from serve.bench.table import bench_table
+
+    refuse_existing_json(json)
+    options = BenchOptions(
+        num_prompt_tokens=prompt_tokens,
+        num_decode_tokens=decode_tokens,
+        num_pairs=pairs,
+        time_limit_s=time_limit,
+        num_threads=threads,
+    )
+    report = run(before, after, quant=quant, options=options, progress=ConsoleProgress())
+    write_json(report, json)
+    stdout().print(row_table(bench_table(report)))

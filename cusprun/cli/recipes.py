@@ -1,0 +1,31 @@
+"""``run``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cusprun.cli.console import ConsoleProgress, stdout
+from cusprun.cli.options import JsonFlag, print_json
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command of this module."""
+    app.command("run")(run_recipe)
+
+
+def run_recipe(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", show_default=False)],
+    json: JsonFlag = False,
+) -> None:
+    """Run a recipe: from a model to a measured expert, with one table at the end."""
+    from cusprun.cli.tables import row_table
+    from cusprun.pipeline.run import run
+
+    report = run(recipe, progress=ConsoleProgress())
+    if json:
+        print_json(report)
+    else:
+        stdout().print(row_table(report.table, title=f"{report.source} → {report.expert}"))

