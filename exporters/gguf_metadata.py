@@ -1,0 +1,116 @@
+"""The key-value part of a GGUF file: widths, rope, tokenizer, and where the model came from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import yaml
+
+from cusprun.checkpoint.index import CheckpointIndex
+from exporters.gguf_rope import Rope
+from exporters.gguf_vocab import GgufVocab
+
+_DEFAULT_RMS_EPS = 1e-6  # of the stock configs
+_DEFAULT_CONTEXT = 2048
+MANIFEST_NAME = "cusprun.json"
+
+
+def add_architecture(writer: gguf.GGUFWriter, index: CheckpointIndex, rope: Rope) -> None:
+    """Write the widths and the rope settings; every width is stated, also those llama.cpp could guess."""
+    shape, config = index.shape, index.config
+    writer.add_block_count(shape.num_hidden_layers)
+    writer.add_context_length(int(config.get("max_position_embeddings") or _DEFAULT_CONTEXT))
+    writer.add_embedding_length(shape.hidden_size)
+    writer.add_feed_forward_length(shape.intermediate_size)
+    writer.add_head_count(shape.num_attention_heads)
+    writer.add_head_count_kv(shape.num_key_value_heads)
+    writer.add_key_length(shape.head_dim)
+    writer.add_value_length(shape.head_dim)
+    writer.add_layer_norm_rms_eps(float(config.get("rms_norm_eps") or _DEFAULT_RMS_EPS))
+    writer.add_vocab_size(shape.vocab_size)
+    writer.add_rope_dimension_count(shape.head_dim)
+    writer.add_rope_freq_base(rope.theta)
+    if rope.scaling == "none":
+        return
+    writer.add_rope_scaling_type(gguf.RopeScalingType(rope.scaling))
+    writer.add_rope_scaling_factor(rope.factor)
+    if rope.scaling == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(rope.original_context_length)
+        writer.add_rope_scaling_attn_factors(rope.attention_factor)
+        writer.add_rope_scaling_yarn_beta_fast(rope.beta_fast)
+        writer.add_rope_scaling_yarn_beta_slow(rope.beta_slow)
+
+
+def add_vocab(writer: gguf.GGUFWriter, vocab: GgufVocab) -> None:
+    """Write the tokenizer; whether BOS and EOS are added is stated either way, since defaults vary."""
+    writer.add_tokenizer_model(vocab.model)
+    writer.add_tokenizer_pre(vocab.pre)
+    writer.add_token_list(vocab.tokens)
+    writer.add_token_types(vocab.token_types)
+    if vocab.scores:
+        writer.add_token_scores(vocab.scores)
+    if vocab.merges:
+        writer.add_token_merges(vocab.merges)
+    if vocab.add_space_prefix is not None:
+        writer.add_add_space_prefix(vocab.add_space_prefix)
+    if vocab.remove_extra_whitespaces:
+        writer.add_remove_extra_whitespaces(True)
+    if vocab.precompiled_charsmap:
+        writer.add_precompiled_charsmap(vocab.precompiled_charsmap)
+    setters = {
+        "bos": writer.add_bos_token_id, "eos": writer.add_eos_token_id, "eot": writer.add_eot_token_id,
+        "eom": writer.add_eom_token_id, "unk": writer.add_unk_token_id, "pad": writer.add_pad_token_id,
+    }  # fmt: skip
+    for name, token_id in vocab.special_ids.items():
+        setters[name](token_id)
+    writer.add_add_bos_token(vocab.add_bos)
+    writer.add_add_eos_token(vocab.add_eos)
+    if vocab.chat_templates:
+        writer.add_chat_template(
+            [{"name": name, "template": text} for name, text in vocab.chat_templates.items()]
+        )
+
+
+def add_provenance(writer: gguf.GGUFWriter, index: CheckpointIndex) -> None:
+    """Write name, licence and source as far as the folder's model card and manifest state them."""
+    card, manifest = _model_card(index.folder), _manifest(index.folder)
+    expert = manifest.get("expert")
+    name = expert.get("name") if isinstance(expert, dict) else None
+    writer.add_type("model")
+    writer.add_name(str(name or index.folder.absolute().name))
+    writer.add_size_label(gguf.size_label(index.num_parameters, index.num_parameters, 0, 0))
+    if isinstance(card.get("license"), str):
+        writer.add_license(card["license"])
+    source = manifest.get("source") or card.get("base_model")
+    if isinstance(source, str):
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, source)
+    for key in ("cusprun_version", "source", "source_hash", "model_hash", "corpus_hash", "rule", "created"):
+        if isinstance(manifest.get(key), str):
+            writer.add_string(f"cusprun.{key.removeprefix('cusprun_')}", manifest[key])
+    plan = manifest.get("plan")
+    if isinstance(plan, dict) and isinstance(plan.get("ratio"), int | float):
+        writer.add_float32("cusprun.ratio", float(plan["ratio"]))
+
+
+def _manifest(folder: Path) -> Mapping[str, Any]:
+    """Return the manifest leniently: a label in the file is not worth refusing an export for."""
+    try:
+        plain = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return plain if isinstance(plain, dict) else {}
+
+
+def _model_card(folder: Path) -> Mapping[str, Any]:
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        head = text.split("---", 2)[1] if text.startswith("---") else ""
+        plain = yaml.safe_load(head)
+    except (OSError, ValueError, IndexError, yaml.YAMLError):
+        return {}
+    return plain if isinstance(plain, dict) else {}
