@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cusprun.codec import dump_json, load_json
-from cusprun.doctor import (
+from cusprun.diagnosis import (
     BROKEN,
     LIBRARIES,
     MISSING,
@@ -142,7 +142,7 @@ def test_a_probe_that_hangs_is_stopped() -> None:
 
 def test_nothing_heavy_is_imported_here() -> None:
     source = (
-        "import sys; from cusprun.doctor import doctor, ProbeResult; "
+        "import sys; from cusprun.diagnosis import doctor, ProbeResult; "
         "doctor(attempt=lambda *_: ProbeResult(0, '{}')); "
         "print([name for name in ('torch', 'transformers', 'llama_cpp', 'numpy') if name in sys.modules])"
     )

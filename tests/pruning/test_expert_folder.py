@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 from cusprun.checkpoint.index import model_hash, open_checkpoint
 from cusprun.codec import load_json
 from cusprun.errors import OutputError
-from cusprun.prune.folder import Provenance, write_expert
-from cusprun.prune.planner import make_plan
-from cusprun.prune.score import score_model
-from cusprun.prune.store import open_store
+from cusprun.pruning.folder import Provenance, write_expert
+from cusprun.pruning.planner import make_plan
+from cusprun.pruning.score import score_model
+from cusprun.pruning.store import open_store
 from cusprun.records import Corpora, Expert, Manifest, Plan, Source
 
 CORPORA = Corpora(documents(8, 0, "domain") + documents(6, 1, "task"), documents(3, 2))
@@ -161,7 +161,7 @@ def test_a_failure_in_the_middle_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     def fail(*_args: object, **_kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cusprun.prune.folder.model_card", fail)
+    monkeypatch.setattr("cusprun.pruning.folder.model_card", fail)
     with pytest.raises(KeyboardInterrupt):
         make_expert(tmp_path, "llama", 0.5, refit=False, measure=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "store"]

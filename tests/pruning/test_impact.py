@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import FAMILIES, build_model
 
-from cusprun.prune.impact import channel_impacts, head_impacts
+from cusprun.pruning.impact import channel_impacts, head_impacts
 
 
 def _capture(module: torch.nn.Module, run: object) -> tuple[torch.Tensor, torch.Tensor]:

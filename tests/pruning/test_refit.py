@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cusprun.prune.refit import add_to_gram, mirror, refit
+from cusprun.pruning.refit import add_to_gram, mirror, refit
 
 
 def _problem(seed: int, tokens: int, n: int, features: int) -> tuple[torch.Tensor, torch.Tensor]:

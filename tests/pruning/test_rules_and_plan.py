@@ -14,11 +14,11 @@ from tiny import documents, save_model
 from cusprun.checkpoint.index import CheckpointIndex, model_hash, open_checkpoint
 from cusprun.codec import Indices, dump_json, load_json
 from cusprun.errors import PlanError, StoreError, UserError
-from cusprun.prune.planner import checked_plan, make_plan
-from cusprun.prune.rules import RULES
-from cusprun.prune.score import score_model
-from cusprun.prune.store import ImpactStore, open_store
-from cusprun.prune.targets import parse_targets
+from cusprun.pruning.planner import checked_plan, make_plan
+from cusprun.pruning.rules import RULES
+from cusprun.pruning.score import score_model
+from cusprun.pruning.store import ImpactStore, open_store
+from cusprun.pruning.targets import parse_targets
 from cusprun.records import Corpora, Plan
 
 

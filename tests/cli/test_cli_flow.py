@@ -1,0 +1,299 @@
+"""The commands one after the other on tiny models, through files, as a user would chain them."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import cusprun as api
+from cusprun.cli.options import parse_size, split_list
+from cusprun.codec import load_json
+from cusprun.corpus import build_corpora, load_expert
+from cusprun.errors import UserError
+from cusprun.pipeline.results import RunReport
+from cusprun.quality.report import EvalReport
+from cusprun.records import Manifest, Plan
+from serve.bench.records import BenchReport
+
+llama_cpp = pytest.mark.skipif(
+    not __import__("importlib.util").util.find_spec("llama_cpp"), reason="llama-cpp-python is not installed"
+)
+EXPERT = ("--expert", "expert.yaml")
+
+
+def perplexity(folder: Path, documents: list[tuple[int, ...]]) -> float:
+    """Perplexity by stock transformers alone, one document at a time."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    loss = tokens = 0.0
+    for ids in documents:
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, :-1]
+        loss += float(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum"))
+        tokens += len(ids) - 1
+    return math.exp(loss / tokens)
+
+
+def test_score_plan_edit_prune_through_files(work, cusprun) -> None:
+    assert cusprun("score", "model", *EXPERT, "--out", "store").code == 0
+    outcome = cusprun(
+        "plan",
+        "model",
+        "--scores",
+        "store",
+        "--ratio",
+        "0.3",
+        "--for",
+        "gguf:q8_0,onnx:int4",
+        "--out",
+        "p.json",
+    )
+    assert outcome.code == 0, outcome
+    assert "of all parameters" in outcome.out
+    assert "rejected" in outcome.out
+    plan = load_json(Plan, Path("p.json"))
+    assert plan.targets == ("gguf:q8_0", "onnx:int4")
+    assert plan.after.intermediate_size % 32 == 0
+    assert plan.block_ratio >= 0.3
+    # Edited by hand: other FFN channels, fewer of them.
+    edited = json.loads(Path("p.json").read_text())
+    for layer in edited["layers"]:
+        layer["ffn_channels"] = "0-9 20-29"
+    Path("p.json").write_text(json.dumps(edited))
+    outcome = cusprun("prune", "model", *EXPERT, "--plan", "p.json", "--out", "expert")
+    assert outcome.code == 0, outcome
+    manifest = load_json(Manifest, Path("expert/cusprun.json"))
+    assert manifest.plan.after.intermediate_size == 20
+    assert manifest.source == "model"
+    assert str(work) not in Path("expert/cusprun.json").read_text()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = AutoModelForCausalLM.from_pretrained("expert")
+    assert sum(p.numel() for p in loaded.parameters()) == manifest.parameters_after
+
+
+def test_prune_scores_once_and_finds_the_scores_again(work, cusprun) -> None:
+    first = cusprun("prune", "model", *EXPERT, "--for", "gguf:f16", "--out", "a")
+    second = cusprun("prune", "model", *EXPERT, "--for", "gguf:f16", "--rule", "paper", "--out", "b")
+    assert (first.code, second.code) == (0, 0), (first, second)
+    assert "not scoring again" not in first.err
+    assert "not scoring again" in second.err
+    # Other documents are other scores.
+    with Path("task.jsonl").open("a") as stream:
+        stream.write('{"text": "one more text that no other is like"}\n')
+    third = cusprun("prune", "model", *EXPERT, "--for", "gguf:f16", "--out", "c")
+    assert third.code == 0
+    assert "not scoring again" not in third.err
+
+
+def test_shards_and_no_refit(work, cusprun) -> None:
+    outcome = cusprun(
+        "prune", "model", *EXPERT, "--for", "gguf:f16", "--no-refit", "--shard-size", "50kB", "--out", "a"
+    )
+    assert outcome.code == 0, outcome
+    assert Path("a/model.safetensors.index.json").is_file()
+    assert load_json(Manifest, Path("a/cusprun.json")).refit == ()
+
+
+def test_eval_agrees_with_stock_transformers(work, cusprun) -> None:
+    assert cusprun("prune", "model", *EXPERT, "--for", "gguf:f16", "--out", "small").code == 0
+    outcome = cusprun("eval", "model", "small", *EXPERT, "--json", "report.json")
+    assert outcome.code == 0, outcome
+    report = load_json(EvalReport, Path("report.json"))
+    corpora = build_corpora(load_expert(Path("expert.yaml")), Path("model"))
+    sets = {"held_out": corpora.held_out, "general": corpora.general}
+    for folder, model in zip(("model", "small"), report.models, strict=True):
+        assert model.model == folder
+        for name, group in sets.items():
+            row = model.corpora[name]
+            assert row.documents == len(group)
+            wanted = perplexity(Path(folder), [document.token_ids for document in group])
+            assert row.perplexity.value == pytest.approx(wanted, rel=1e-4)
+            assert row.perplexity.low <= row.perplexity.value <= row.perplexity.high
+    first, second = (model.corpora["held_out"] for model in report.models)
+    assert first.perplexity_ratio is None
+    assert second.perplexity_ratio is not None
+    ratio = second.perplexity.value / first.perplexity.value
+    assert second.perplexity_ratio.value == pytest.approx(ratio, rel=1e-6)
+    assert second.mean_kl_divergence is not None
+    assert second.mean_kl_divergence.value > 0
+
+
+def test_eval_of_a_model_against_itself_shows_no_difference(work) -> None:
+    report = api.evaluate(["model", Path("model")], "expert.yaml")
+    for row in report.models[1].corpora.values():
+        assert row.perplexity_ratio is not None
+        assert row.perplexity_ratio.value == pytest.approx(1, abs=1e-6)
+        assert row.top1_agreement is not None
+        assert row.top1_agreement.value == 1
+
+
+def test_models_that_read_other_tokens_are_not_compared(work, cusprun, tmp_path) -> None:
+    from tiny_exports import TinyConfig, make_folder
+
+    make_folder(tmp_path / "other", TinyConfig("llama", tokenizer={"bos": False}))
+    outcome = cusprun("eval", "model", "other", *EXPERT)
+    assert outcome.code == 2
+    assert "other tokens" in outcome.err
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@llama_cpp
+def test_export_verify_inspect_bench(work, cusprun, tiny_models, family) -> None:
+    model = tiny_models / family
+    outcome = cusprun("export", model, "--quant", "f32", "--out", "a.gguf")
+    assert outcome.code == 0, outcome
+    assert json.loads(Path("a.gguf.parity.json").read_text())["verdict"] == "pass"
+    outcome = cusprun("verify", model, "a.gguf", *EXPERT)
+    assert outcome.code == 0, outcome
+    assert "pass" in outcome.out
+    folder, file = (json.loads(cusprun("inspect", path, "--json").out) for path in (model, "a.gguf"))
+    assert folder["num_parameters"] == file["num_parameters"]
+    assert "ffn" in cusprun("inspect", model).out
+    outcome = cusprun(
+        "bench", "--before", "a.gguf", "--after", model, "--pairs", "1", "--prompt-tokens", "8",
+        "--decode-tokens", "4", "--quant", "f16", "--json", "bench.json",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome
+    report = load_json(BenchReport, Path("bench.json"))
+    assert report.before.num_parameters == report.after.num_parameters
+    assert report.before.file_bytes > report.after.file_bytes
+    assert "Peak memory" in outcome.out
+
+
+@llama_cpp
+def test_another_models_artifact_fails_the_gate(work, cusprun) -> None:
+    assert (
+        cusprun("prune", "model", *EXPERT, "--for", "gguf:f16", "--ratio", "0.5", "--out", "small").code == 0
+    )
+    assert cusprun("export", "model", "--out", "a.gguf").code == 0
+    outcome = cusprun("verify", "small", "a.gguf")
+    assert outcome.code == 3
+    assert "does not compute the same" in outcome.err
+    assert not Path("a.gguf").exists()
+    assert Path("a.gguf.rejected").exists()
+
+
+def test_a_gguf_is_imported_once_and_then_found(work, cusprun) -> None:
+    assert cusprun("export", "model", "--quant", "f32", "--no-verify", "--out", "a.gguf").code == 0
+    first = cusprun("prune", "a.gguf", *EXPERT, "--for", "gguf:f16", "--out", "x")
+    second = cusprun("prune", "a.gguf", *EXPERT, "--for", "gguf:f16", "--out", "y")
+    assert (first.code, second.code) == (0, 0), (first, second)
+    assert "imported before" in second.err
+    assert len(list((work / "cache" / "imported").iterdir())) == 1
+    assert load_json(Manifest, Path("x/cusprun.json")).source == "a.gguf"
+
+
+RECIPE = """\
+model: model
+expert: expert.yaml
+out: result
+ratio: 0.3
+targets: [gguf:q8_0]
+exports: [{to: gguf, quant: f32}, {quant: q8_0}]
+bench: {quant: q8_0, num_pairs: 1, num_prompt_tokens: 8, num_decode_tokens: 4}
+"""
+
+
+@llama_cpp
+def test_run_makes_everything_and_a_second_run_finds_everything(work, cusprun) -> None:
+    Path("recipe.yaml").write_text(RECIPE)
+    outcome = cusprun("run", "recipe.yaml")
+    assert outcome.code == 0, outcome
+    for label in (
+        "Parameters", "File size (f32)", "File size (q8_0)", "Peak memory", "Time to first token",
+        "Decode speed", "held-out", "general text",
+    ):  # fmt: skip
+        assert label in outcome.out
+    report = load_json(RunReport, Path("result/results.json"))
+    assert report.bench is not None
+    assert report.quality is not None
+    assert report.bench.after.num_parameters < report.bench.before.num_parameters
+    assert {entry.verdict for entry in report.parity} == {"pass"}
+    assert len(report.parity) == 4
+    assert "| Parameters |" in Path("result/results.md").read_text()
+    sizes = {file.file_name: file.file_bytes for file in report.artifacts}
+    assert sizes == {name: (Path("result") / name).stat().st_size for name in sizes}
+
+    written = {path: path.stat().st_mtime_ns for path in Path("result").rglob("*") if path.is_file()}
+    again = cusprun("run", "recipe.yaml")
+    assert again.code == 0, again
+    assert again.err.count("finished before") == 7
+    assert again.err.count("proven before") == 4
+    assert load_json(RunReport, Path("result/results.json")).table == report.table
+    fresh = {"results.json", "results.md"}
+    assert all(path.stat().st_mtime_ns == then for path, then in written.items() if path.name not in fresh)
+
+    Path("recipe.yaml").write_text(RECIPE.replace("ratio: 0.3", "ratio: 0.4"))
+    other = cusprun("run", "recipe.yaml")
+    assert other.code == 2
+    assert "other inputs" in other.err
+    assert Path("result/expert/cusprun.json").is_file()
+
+
+def test_run_can_leave_parts_out(work, cusprun) -> None:
+    Path("recipe.yaml").write_text(
+        "model: model\nexpert: expert.yaml\nout: result\ntargets: [gguf:f16]\n"
+        "verify: false\nbench: false\neval: false\n"
+    )
+    outcome = cusprun("run", "recipe.yaml", "--json")
+    assert outcome.code == 0, outcome
+    report = json.loads(outcome.out)
+    assert (report["bench"], report["quality"], report["parity"]) == (None, None, [])
+    assert [row["metric"] for row in report["table"]["rows"]] == ["Parameters", "File size (f16)"]
+
+
+def test_a_recipe_reports_all_its_faults_with_lines(work, cusprun) -> None:
+    Path("recipe.yaml").write_text(
+        "model: model\nexpert: expert.yaml\nratio: 2\nrule: maen\ntargets: [gguf:q9]\nrefit: maybe\n"
+        "exports: [{to: gguf, quant: f61}]\nbenhc: true\n"
+    )
+    outcome = cusprun("run", "recipe.yaml")
+    assert outcome.code == 2
+    for line, word in (
+        (3, "'ratio'"),
+        (4, "'mean'"),
+        (5, "q8_0"),
+        (6, "'refit'"),
+        (7, "'f16'"),
+        (8, "'bench'"),
+    ):
+        assert any(f"recipe.yaml:{line}:" in text and word in text for text in outcome.err.splitlines()), word
+    assert "'out' is missing" in outcome.err
+    assert not Path("result").exists()
+
+
+def test_python_functions_take_text_and_paths(work) -> None:
+    store = api.score("model", "expert.yaml", Path("store"))
+    plan = api.plan(Path("model"), [store], ratio=0.2, targets=("gguf:f16",))
+    manifest = api.prune("model", load_expert(Path("expert.yaml")), "out", plan=plan)
+    assert manifest.plan.layers == plan.layers
+    assert api.inspect("out").num_parameters == manifest.parameters_after
+    with pytest.raises(UserError, match="leave out scores"):
+        api.prune("model", "expert.yaml", "other", plan=plan, scores=store)
+
+
+def test_the_version_and_python_m(work) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "cusprun", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"cusprun {api.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("5GB", 5 * 10**9), ("800m", 8 * 10**8), ("1.5 kB", 1500), ("12", 12), (None, None)]
+)
+def test_sizes(text, size) -> None:
+    assert parse_size(text) == size
+
+
+def test_lists() -> None:
+    assert split_list(["a:b, c:d", "e"]) == ("a:b", "c:d", "e")
+    assert split_list(None) == ()
