@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def load_corpora(index: CheckpointIndex, data: Path) -> Corpora:
-    """Read at most 200 maths documents and 64 paragraphs to calibrate on, and the test files."""
+    """Read 200 maths documents and 64 paragraphs to calibrate on, and the start of the test files."""
     tokenizer = load_tokenizer(index.folder)
 
     def read(file: str, like: Source, dimension: str, limit: int | None) -> tuple[TokenizedDocument, ...]:
@@ -75,7 +75,7 @@ def load_corpora(index: CheckpointIndex, data: Path) -> Corpora:
     return Corpora(
         calibration=read("gsm8k/train.jsonl", MATHS, "domain", 200)
         + read("xquad/en.train.jsonl", TEXT, "language", 64),
-        held_out=read("gsm8k/test.jsonl", MATHS, "domain", None),
+        held_out=read("gsm8k/test.jsonl", MATHS, "domain", 100),
         general=read("xquad/en.test.jsonl", TEXT, "general", None),
     )
 
@@ -101,7 +101,7 @@ def measure(index: CheckpointIndex, corpora: Corpora, scratch: Path) -> dict[str
             write_expert(
                 index, plan, folder, corpora=corpora, provenance=provenance, refit=refit, measure=False
             )
-        rows.append(variant_row(index, open_checkpoint(folder), plan, corpora, originals, refit))
+        rows.append(variant_row(open_checkpoint(folder), plan, corpora, originals, refit))
         print(rows[-1]["rule"], rows[-1]["refit"], rows[-1]["held_out"]["perplexity_ratio"], flush=True)
     parity = [export_parity(folder, quant, scratch, corpora.held_out) for quant in ("f32", "f16")]
     pruning = seconds["score"] + seconds["plan"] + seconds["refit_and_write"]
@@ -126,7 +126,6 @@ def measure(index: CheckpointIndex, corpora: Corpora, scratch: Path) -> dict[str
 
 
 def variant_row(
-    index: CheckpointIndex,
     expert: CheckpointIndex,
     plan: Plan,
     corpora: Corpora,
@@ -135,7 +134,7 @@ def variant_row(
 ) -> dict[str, Any]:
     """Measure one variant on both sets of documents."""
     held_out, general = (
-        corpus_quality(measure_likelihood(expert, documents, index), original)
+        ratio_row(measure_likelihood(expert, documents), original)
         for documents, original in zip((corpora.held_out, corpora.general), originals, strict=True)
     )
     return {
@@ -144,9 +143,17 @@ def variant_row(
         "block_ratio": plan.block_ratio,
         "total_ratio": plan.total_ratio,
         "shape": asdict(plan.after),
-        "held_out": asdict(held_out),
-        "general": asdict(general),
+        "held_out": held_out,
+        "general": general,
     }
+
+
+def ratio_row(
+    likelihoods: Sequence[DocumentLikelihood], original: Sequence[DocumentLikelihood]
+) -> dict[str, Any]:
+    """Return perplexity and its ratio to the original's, with intervals over documents."""
+    row = asdict(corpus_quality(likelihoods, original))
+    return {name: row[name] for name in ("documents", "predicted_tokens", "perplexity", "perplexity_ratio")}
 
 
 def export_parity(
