@@ -18,7 +18,9 @@ def rendered(text: str, results: Path = ROOT / "benchmarks" / "results") -> str:
     """Return a page's text with every marked place filled in."""
 
     def fill(match: re.Match[str]) -> str:
-        body = (results / match["file"]).read_text(encoding="utf-8").strip("\n")
+        text = (results / match["file"]).read_text(encoding="utf-8")
+        # A result's own heading would stand beside the page's.
+        body = "\n".join(line for line in text.splitlines() if not line.startswith("# ")).strip("\n")
         return f"{match[1]}\n{body}\n\n{match[4]}"
 
     return _PLACE.sub(fill, text)

@@ -79,8 +79,8 @@ def bench(
     first = pairs[0]
     return BenchReport(
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        before=Artifact(str(before), sizes["before"], first["before"].num_parameters),
-        after=Artifact(str(after), sizes["after"], first["after"].num_parameters),
+        before=Artifact(before.name, sizes["before"], first["before"].num_parameters),
+        after=Artifact(after.name, sizes["after"], first["after"].num_parameters),
         options=options,
         environment=environment.describe(num_threads, first["before"].runtime, load_average),
         context_length=first["before"].context_length,

@@ -216,9 +216,9 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Artifact:
-    """One of the two files."""
+    """One of the two files, by its bare name: a report must not tell a user's folders."""
 
-    path: str
+    file_name: str
     file_bytes: int
     num_parameters: int
 
