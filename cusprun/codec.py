@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -14,6 +16,11 @@ from typing import Any, TypeVar
 from cusprun.errors import UserError, nearest
 
 T = TypeVar("T")
+
+_VERSION_KEY = "schema_version"
+
+
+_RANGE = re.compile(r"([0-9]{1,6})(?:-([0-9]{1,6}))?")  # a range written by hand must not fill the memory
 
 
 class Indices(tuple[int, ...]):
@@ -39,14 +46,16 @@ class Indices(tuple[int, ...]):
         return " ".join(parts)
 
     @classmethod
-    def from_text(cls, text: str) -> Indices:
+    def from_text(cls, text: Any) -> Indices:
         """Parse ranges; raises ``ValueError`` on anything else."""
+        if not isinstance(text, str):
+            raise ValueError(f"indices must be text like '0-3 7', not {text!r:.40}")
         values: list[int] = []
         for part in text.replace(",", " ").split():
-            first, dash, last = part.partition("-")
-            if not first.isdigit() or (dash and not last.isdigit()):
-                raise ValueError(f"{part!r} is not a number or a range like '4-9'")
-            start, stop = int(first), int(last or first)
+            match = _RANGE.fullmatch(part)
+            if not match:
+                raise ValueError(f"{part[:40]!r} is not a number or a range like '4-9'")
+            start, stop = int(match[1]), int(match[2] or match[1])
             if stop < start:
                 raise ValueError(f"the range {part!r} runs backwards")
             values.extend(range(start, stop + 1))
@@ -102,15 +111,15 @@ def from_plain(kind: Any, plain: Any, where: str = "") -> Any:
 def _indices_from(plain: Any, where: str) -> Indices:
     try:
         return Indices.from_text(plain)
-    except (ValueError, AttributeError) as error:
+    except ValueError as error:
         raise UserError(f"{where}: {error}") from None
 
 
 def _scalar_from(kind: Any, plain: Any, where: str) -> Any:
-    if kind is float and isinstance(plain, int) and not isinstance(plain, bool):
+    if kind is float and isinstance(plain, int) and not isinstance(plain, bool) and abs(plain) < 2**1000:
         return float(plain)
     if not isinstance(plain, kind) or (isinstance(plain, bool) and kind is not bool):
-        raise UserError(f"{where} must be of type {kind.__name__}, not {plain!r}")
+        raise UserError(f"{where} must be of type {kind.__name__}, not {plain!r:.60}")
     return plain
 
 
@@ -129,15 +138,34 @@ def _record_from(kind: Any, plain: Any, where: str) -> Any:
             values[name] = from_plain(hints[name], plain[name], prefix + name)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise UserError(f"missing key {prefix + name!r}")
+    version = fields.get(_VERSION_KEY)
+    if version is not None and values.get(_VERSION_KEY, version.default) != version.default:
+        raise UserError(
+            f"{prefix}{_VERSION_KEY} is {values[_VERSION_KEY]}, and this cusprun reads {version.default}; "
+            "make it again, or use the cusprun that made it"
+        )
     return kind(**values)
+
+
+def json_bytes(record: Any) -> bytes:
+    """Return a record as indented UTF-8 JSON."""
+    text = json.dumps(to_plain(record), ensure_ascii=False, indent=2, allow_nan=False)
+    # JSON can spell half of a surrogate pair, as Python escapes it: what was read so is written so.
+    return f"{text}\n".encode("utf-8", "backslashreplace")
 
 
 def dump_json(record: Any, path: Path) -> None:
     """Write a record as indented UTF-8 JSON, committed by rename."""
-    partial = path.with_name(f".{path.name}.partial")
-    text = json.dumps(to_plain(record), ensure_ascii=False, indent=2, allow_nan=False)
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        partial.write_bytes(json_bytes(record))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number in JSON")
 
 
 def load_json(kind: type[T], path: Path, error: type[UserError] = UserError) -> T:
@@ -147,10 +175,10 @@ def load_json(kind: type[T], path: Path, error: type[UserError] = UserError) -> 
         error: the file is missing, is not JSON or does not describe such a record.
     """
     try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
+        plain = json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=_refuse_constant)
     except FileNotFoundError:
         raise error(f"{path} does not exist; check the path") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as fault:
+    except (OSError, ValueError, RecursionError) as fault:
         raise error(f"{path} cannot be read as JSON ({fault}); make it again") from None
     try:
         record: T = from_plain(kind, plain)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cusprun.corpus.yaml_tree import Section, Value, read_yaml
 from cusprun.errors import UserError, nearest
+from cusprun.paths import expand_home
 from cusprun.pipeline.stages import DEFAULT_RATIO
 
 
@@ -66,8 +67,8 @@ def load_recipe(path: Path) -> Recipe:
     exports = tuple(_export(item) for item in root.items("exports")) or (ExportSpec("gguf", "f16"),)
     recipe = Recipe(
         model=str(folder / model) if (folder / model).exists() else model,
-        expert=str(folder / Path(expert).expanduser()),
-        out=str((folder / Path(out).expanduser()).resolve()),
+        expert=str(folder / expand_home(expert)),
+        out=str((folder / expand_home(out)).resolve()),
         ratio=root.take("ratio", float, DEFAULT_RATIO, _ratio),
         rule=root.take("rule", str, DEFAULT_RULE, lambda name: _known(name, RULES, "rule")),
         targets=tuple(_target(item) for item in root.items("targets")),

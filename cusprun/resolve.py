@@ -12,6 +12,7 @@ from pathlib import Path
 
 from cusprun.cache import cached, file_sha256, key_of
 from cusprun.errors import ModelError
+from cusprun.paths import expand_home
 from cusprun.progress import SILENT, Progress
 from cusprun.version import __version__
 
@@ -47,7 +48,7 @@ def locate(model: StrPath, progress: Progress = SILENT) -> Located:
     text = os.fspath(model)
     if text.startswith(PACKAGE_PREFIX):
         return Located(_gguf_in_package(text.removeprefix(PACKAGE_PREFIX)), text)
-    path = Path(text).expanduser()
+    path = expand_home(text)
     if path.is_dir():
         return Located(path, path.resolve().name)
     if path.exists():

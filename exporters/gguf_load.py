@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from cusprun.errors import ExportError
-
-_keep: dict[str, Any] = {}  # llama.cpp keeps the address of its log callback for the whole process
+from cusprun.llamacpp_log import collect_errors
 
 
 def load_once(path: Path, vocab_size: int) -> bool:
@@ -24,8 +22,7 @@ def load_once(path: Path, vocab_size: int) -> bool:
         return False
     import llama_cpp
 
-    messages: list[str] = []
-    _collect_log(llama_cpp, messages)
+    messages = collect_errors(llama_cpp)
     llama_cpp.llama_backend_init()
     params = llama_cpp.llama_model_default_params()
     params.n_gpu_layers = 0
@@ -61,15 +58,6 @@ def _decode_one(llama_cpp: Any, model: Any, vocab_size: int, messages: list[str]
             raise ExportError("llama.cpp computes logits that are not finite from the exported file")
     finally:
         llama_cpp.llama_free(context)
-
-
-def _collect_log(llama_cpp: Any, messages: list[str]) -> None:
-    def collect(level: int, text: bytes, _user_data: ctypes.c_void_p) -> None:
-        if level == 4:  # GGML_LOG_LEVEL_ERROR
-            messages.append(text.decode("utf-8", "replace").strip())
-
-    _keep["log"] = llama_cpp.llama_log_callback(collect)
-    llama_cpp.llama_log_set(_keep["log"], ctypes.c_void_p(0))
 
 
 def _reason(messages: list[str]) -> str:

@@ -101,7 +101,7 @@ def _manifest(folder: Path) -> Mapping[str, Any]:
     """Return the manifest leniently: a label in the file is not worth refusing an export for."""
     try:
         plain = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return plain if isinstance(plain, dict) else {}
 

@@ -90,15 +90,18 @@ def verify_artifact(
     quant: str,
     token_documents: Sequence[Sequence[int]],
     texts: Sequence[str] | None = None,
+    reject: bool = True,
     progress: Progress = SILENT,
 ) -> ParityReport:
     """Compare an artifact with its folder, write ``<artifact>.parity.json``, and refuse it when it fails.
 
     ``reference`` runs ``folder``, ``candidate`` runs ``artifact`` with the KV cache that
-    ``limits_for(format_name, quant)`` names; ``texts`` default to the probe strings of the package.
+    ``limits_for(format_name, quant)`` names; ``texts`` default to the probe strings of the package. With
+    ``reject``, an artifact that fails is renamed to ``<artifact>.rejected``: right for one that was just made
+    from ``folder``, wrong for a file of the user's, who may have named the wrong folder.
 
     Raises:
-        GateError: the artifact is over a limit; it has been renamed to ``<artifact>.rejected``.
+        GateError: the artifact is over a limit.
         ExportError: there are no limits for the format and precision, or no documents.
     """
     report = compare(
@@ -120,11 +123,14 @@ def verify_artifact(
     report_path = artifact.with_name(f"{artifact.name}.parity.json")
     dump_json(report, report_path)
     if report.failures:
-        rejected = artifact.with_name(f"{artifact.name}.rejected")
-        artifact.replace(rejected)
+        advice = "give the folder that it was made from, or export it again"
+        if reject:
+            rejected = artifact.with_name(f"{artifact.name}.rejected")
+            artifact.replace(rejected)
+            advice = f"it was renamed to {rejected.name}"
         raise GateError(
             f"{artifact} does not compute the same as {folder}: {'; '.join(report.failures)}; "
-            f"it was renamed to {rejected.name}, see {report_path}"
+            f"{advice}, see {report_path}"
         )
     return report
 

@@ -13,13 +13,23 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("cusprun", "exporters", "serve")
 
-BASE = {"cusprun.records", "cusprun.errors", "cusprun.codec", "cusprun.progress", "cusprun.version"}
+BASE = {
+    "cusprun.records",
+    "cusprun.errors",
+    "cusprun.codec",
+    "cusprun.llamacpp_log",
+    "cusprun.paths",
+    "cusprun.progress",
+    "cusprun.version",
+}
 EVERYTHING = {*PACKAGES}
 ARROWS: dict[str, set[str]] = {
     "cusprun.records": BASE,
     "cusprun.errors": set(),
     "cusprun.codec": BASE,
+    "cusprun.paths": BASE,
     "cusprun.progress": set(),
+    "cusprun.llamacpp_log": set(),
     "cusprun.version": set(),
     "cusprun.families": BASE,
     "cusprun.checkpoint": BASE | {"cusprun.families"},

@@ -49,7 +49,7 @@ def import_gguf(file: Path, out: Path, *, dtype: str = "auto", progress: Progres
     tokenizer = read_tokenizer(source, config["vocab_size"])
     config |= {**flags, **tokenizer.config_ids(), "dtype": chosen}
     declared = [Declared(weight.name, TORCH_NAMES[DTYPES[chosen]], weight.shape) for weight in plan]
-    refuse_existing(out)  # late, because it makes the parent folder
+    refuse_existing(out)
     require_space(out, sum(tensor.num_bytes for tensor in declared) + _SPARE_BYTES)
     with atomic_folder(out) as folder:
         write_config(folder, config)

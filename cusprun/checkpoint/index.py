@@ -17,6 +17,9 @@ from cusprun.records import Shape
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+FLOAT_TYPES = ("F32", "F16", "BF16", "F64")
+"""The types of weights that can be pruned and written."""
+
 _HASH_CHUNK_BYTES = 1 << 22
 
 
@@ -56,12 +59,17 @@ def open_checkpoint(folder: Path) -> CheckpointIndex:
     """
     config = read_config(folder)
     family = family_of(config, str(folder))
-    if "quantization_config" in config:
+    if config.get("quantization_config"):
         raise ModelError(
             f"{folder} holds quantised weights; start from the folder with the full-precision weights"
         )
     shape = shape_of(config, str(folder / "config.json"))
     tensors = _read_tensors(folder)
+    if shape.num_hidden_layers > len(tensors):  # also keeps the table that is built per block small
+        raise ModelError(
+            f"{folder / 'config.json'} names {shape.num_hidden_layers:,} blocks and the folder holds "
+            f"{len(tensors):,} tensors; copy the folder again"
+        )
     known = {spec.name: spec for spec in family.specs(shape.num_hidden_layers)}
     if shape.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
@@ -81,9 +89,31 @@ def open_checkpoint(folder: Path) -> CheckpointIndex:
         wanted = tuple(axis_length(axis, shape) for axis in known[name].axes)
         if info.shape != wanted:
             raise ModelError(f"{folder}: {name} has the shape {info.shape} where the config says {wanted}")
+        if info.dtype not in FLOAT_TYPES:
+            raise ModelError(
+                f"{folder}: {name} has the type {info.dtype}, which is not supported "
+                f"(supported: {', '.join(FLOAT_TYPES)}); save the model as bfloat16"
+            )
+    _require_stated_biases(folder, config, family, tensors, shape.num_hidden_layers)
     return CheckpointIndex(
         folder, config, family, shape, {name: tensors[name] for name in known if name in tensors}
     )
+
+
+def _require_stated_biases(
+    folder: Path, config: Mapping[str, Any], family: Family, tensors: Mapping[str, TensorInfo], layers: int
+) -> None:
+    """Refuse biases that the config does not state, and stated ones that are missing: stock code obeys."""
+    for flag, patterns in family.bias_flags.items():
+        stated = bool(config.get(flag))
+        for name in (
+            pattern.replace("{layer}", str(layer)) for layer in range(layers) for pattern in patterns
+        ):
+            if (name in tensors) != stated:
+                raise ModelError(
+                    f"{folder / 'config.json'} says {flag} is {str(stated).lower()}, and {name} is "
+                    f"{'missing' if stated else 'there'}; mend the config or copy the folder again"
+                )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -94,7 +124,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{folder} has no config.json; give the folder that holds the model") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{folder / 'config.json'} cannot be read as JSON ({error})") from None
     if not isinstance(config, dict):
         raise ModelError(f"{folder / 'config.json'} does not hold a mapping")
@@ -137,7 +167,7 @@ def _read_index(folder: Path) -> dict[str, list[str]]:
             if Path(file).name != file:
                 raise ModelError(f"{folder / INDEX_NAME} names a file outside the folder: {file}")
             files.setdefault(file, []).append(name)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise ModelError(f"{folder / INDEX_NAME} is damaged; copy the file again") from None
     return files
 

@@ -320,7 +320,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     """Read a JSON mapping; an empty one when the file is missing or holds something else."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

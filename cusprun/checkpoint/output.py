@@ -6,12 +6,21 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cusprun.errors import OutputError
 
-_WRITE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG})
+_WRITE_ERRORS = frozenset(
+    {
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EROFS,
+        errno.EACCES,
+        errno.EFBIG,
+        errno.ENAMETOOLONG,
+    }
+)
 
 
 def _partial_name(path: Path) -> Path:
@@ -19,18 +28,38 @@ def _partial_name(path: Path) -> Path:
 
 
 def refuse_existing(path: Path) -> None:
-    """Raise ``OutputError`` when ``path`` exists already or its parent cannot be made."""
+    """Raise ``OutputError`` when ``path`` exists already or nothing can be made there; makes nothing."""
     if path.exists() or path.is_symlink():
         raise OutputError(f"{path} exists already; choose another output or remove it first")
+    ground = _nearest_existing(path)
+    if not ground.is_dir():
+        raise OutputError(f"{path} cannot be made, since {ground} is no folder; choose another place")
+    if not os.access(ground, os.W_OK | os.X_OK):
+        raise OutputError(f"{path} cannot be made, since {ground} cannot be written; choose another place")
+
+
+def _nearest_existing(path: Path) -> Path:
+    """Return the nearest folder above ``path`` that is there."""
+    return next(folder for folder in path.absolute().parents if folder.exists() or folder.is_symlink())
+
+
+@contextmanager
+def _with_parents(path: Path) -> Iterator[None]:
+    """Make the folders that ``path`` will stand in; those that were made vanish when the block fails."""
+    missing = [folder for folder in path.absolute().parents if not folder.exists()]
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)
     try:
-        path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"the folder {path.absolute().parent} cannot be made ({error.strerror})") from None
+        yield
+    except BaseException:
+        for folder in missing:
+            with suppress(OSError):  # somebody else's by now
+                folder.rmdir()
+        raise
 
 
 def require_space(path: Path, num_bytes: int) -> None:
     """Raise ``OutputError`` when the disk that will hold ``path`` has less than ``num_bytes`` free."""
-    parent = path.absolute().parent
+    parent = _nearest_existing(path)
     free = shutil.disk_usage(parent).free
     if free < num_bytes:
         raise OutputError(
@@ -48,12 +77,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     refuse_existing(path)
     partial = _partial_name(path)
-    with _reported(path):
+    with _reported(path), _with_parents(path):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:
             yield partial
-            partial.rename(path)
+            _commit(partial, path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -67,12 +96,20 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """
     refuse_existing(path)
     partial = _partial_name(path)
-    with _reported(path):
+    with _reported(path), _with_parents(path):
         try:
             yield partial
-            partial.rename(path)
+            _commit(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def _commit(partial: Path, path: Path) -> None:
+    if path.exists() or path.is_symlink():
+        raise OutputError(
+            f"{path} was made by another process meanwhile, which is kept; choose another output"
+        )
+    partial.rename(path)
 
 
 @contextmanager

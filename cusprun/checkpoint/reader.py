@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from cusprun.checkpoint.index import CheckpointIndex
 from cusprun.errors import ModelError
@@ -22,7 +22,7 @@ def read_tensor(index: CheckpointIndex, name: str, dtype: torch.dtype | None = N
     try:
         with safe_open(info.file, framework="pt") as stream:
             tensor: torch.Tensor = stream.get_tensor(name)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ModelError(f"{info.file}: {name} cannot be read ({error}); copy the file again") from None
     # Both ends are finite exactly when all values are; one pass, 18 times faster than a test of each value.
     if tensor.numel() and not all(math.isfinite(float(end)) for end in torch.aminmax(tensor)):

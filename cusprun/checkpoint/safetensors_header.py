@@ -61,12 +61,14 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             header = json.loads(stream.read(length))
     except OSError as error:
         raise ModelError(f"{path} cannot be read ({error.strerror}); check the folder") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ModelError(_damaged(path, "its header is corrupt")) from None
     if not isinstance(header, dict):
         raise ModelError(_damaged(path, "its header is corrupt"))
     header.pop("__metadata__", None)
-    return {name: _tensor_info(path, name, entry, 8 + length, size) for name, entry in header.items()}
+    found = {name: _tensor_info(path, name, entry, 8 + length, size) for name, entry in header.items()}
+    _require_dense(path, found.values(), 8 + length, size)
+    return found
 
 
 def _tensor_info(path: Path, name: str, entry: Any, base: int, file_size: int) -> TensorInfo:
@@ -75,6 +77,8 @@ def _tensor_info(path: Path, name: str, entry: Any, base: int, file_size: int) -
         begin, end = entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
         raise ModelError(_damaged(path, f"the header entry of {name} is corrupt")) from None
+    if not isinstance(dtype, str):
+        raise ModelError(_damaged(path, f"the header entry of {name} is corrupt"))
     if dtype not in DTYPE_BYTES:
         raise ModelError(
             f"{path}: {name} has the type {dtype}, which is not supported; save the model as bfloat16"
@@ -85,6 +89,17 @@ def _tensor_info(path: Path, name: str, entry: Any, base: int, file_size: int) -
     if base + end > file_size:
         raise ModelError(_damaged(path, f"{name} ends at byte {base + end:,} and the file at {file_size:,}"))
     return TensorInfo(name, dtype, shape, path, base + begin)
+
+
+def _require_dense(path: Path, tensors: Iterable[TensorInfo], base: int, file_size: int) -> None:
+    """Refuse tensors that overlap or leave holes, as the reference implementation does."""
+    end = base
+    for info in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.num_bytes)):
+        if info.offset != end:
+            raise ModelError(_damaged(path, f"{info.name} does not begin where the tensor before it ends"))
+        end += info.num_bytes
+    if end != file_size:
+        raise ModelError(_damaged(path, f"its tensors end at byte {end:,} and the file at {file_size:,}"))
 
 
 def _damaged(path: Path, what: str) -> str:

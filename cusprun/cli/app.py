@@ -21,7 +21,8 @@ from cusprun.errors import CusprunError
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_TERMINATED = 128 + signal.SIGTERM
 _DEBUG_VARIABLE = "CUSPRUN_DEBUG"
-_DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES})
+_DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM})
+_PATH_ERRORS = frozenset({errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR})
 
 app = typer.Typer(
     name="cusprun",
@@ -67,6 +68,9 @@ def _root(
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
+    # A stream that the shell closed (`>&-`) is None, which the libraries that print do not expect.
+    sys.stdout = sys.stdout or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    sys.stderr = sys.stderr or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
@@ -97,6 +101,8 @@ def _run(arguments: Sequence[str], debug: bool) -> int:
         if error.errno in _DISK_ERRORS:
             where = f"{error.filename}: " if error.filename else ""
             return _failed(f"{where}{error.strerror}; free some space or choose another place", 2, debug)
+        if error.errno in _PATH_ERRORS:
+            return _failed(f"the path {error.filename!s:.80}: {error.strerror}; check it", 2, debug)
         return _unexpected(error, debug)
     except Exception as error:
         return _refused(error, debug) if hasattr(error, "format_message") else _unexpected(error, debug)

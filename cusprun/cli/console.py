@@ -28,7 +28,11 @@ def stdout() -> Console:
     """Return the console for results; as wide as a table needs when it is no terminal."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else _WIDTH_OF_FILES, highlight=False)
+    class Piped(Console):
+        def on_broken_pipe(self) -> None:  # rich ends the process with exit code 1
+            raise BrokenPipeError
+
+    return Piped(width=None if sys.stdout.isatty() else _WIDTH_OF_FILES, highlight=False)
 
 
 def stderr() -> Console:

@@ -38,7 +38,7 @@ JsonFile = Annotated[
     Path | None, typer.Option("--json", help="Also write the whole report to this file.", show_default=False)
 ]
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmg]?)b?", re.IGNORECASE)
+_SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([kmg]?)b?", re.IGNORECASE)
 _FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
 
@@ -62,10 +62,10 @@ def write_json(record: object, path: Path | None) -> None:
     if path is None:
         return
     from cusprun.checkpoint.output import atomic_file
-    from cusprun.codec import dump_json
+    from cusprun.codec import json_bytes
 
     with atomic_file(path) as partial:
-        dump_json(record, partial)
+        partial.write_bytes(json_bytes(record))
 
 
 def refuse_existing_json(path: Path | None) -> None:

@@ -9,6 +9,7 @@ from cusprun.corpus.packs import pack_names
 from cusprun.corpus.templates import ROLES, Parts, parse_template, require_fields
 from cusprun.corpus.yaml_tree import Check, Section, Value, read_yaml
 from cusprun.errors import nearest
+from cusprun.paths import expand_home
 from cusprun.records import DIMENSIONS, Expert, Source
 
 _PACK_PREFIX = "pack:"
@@ -85,7 +86,7 @@ def _source(value: Value, folder: Path) -> Source:
     path = section.take("path", str, None, _not_blank)
     template = section.value("template")
     return Source(
-        path=None if path is None else str(folder / Path(path).expanduser()),
+        path=None if path is None else str(folder / expand_home(path)),
         dataset=section.take("dataset", str, None, _not_blank),
         pack=section.take("pack", str, None, _known_pack),
         config=section.take("config", str, None, _not_blank),

@@ -170,8 +170,9 @@ def _read_parquet(path: Path) -> Iterator[Row]:
                 for fields in batch.to_pylist():
                     number += 1
                     yield Row(f"{path}, row {number}", fields)
-    except pyarrow.ArrowException as error:
-        problem = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        # Damaged pages surface as whatever met them first: the reader, a codec, or the text's decoding.
+        problem = " ".join(str(error).split()) or type(error).__name__
         raise CorpusError(f"{path} is not a sound Parquet file ({problem}); make it again") from None
 
 
@@ -189,7 +190,8 @@ READERS: Mapping[str, Reader] = {
 
 
 def read_file(path: Path) -> Iterator[Row]:
-    """Yield the rows of a file, or of every text and Markdown file of a folder, in the order of their names.
+    """Yield the rows of a file, of every file that a pattern like ``notes/*.md`` names, or of every text and
+    Markdown file of a folder, in the order of their names.
 
     A text or Markdown file of at most ``CHUNK_BYTES`` is one row; a longer one is cut by ``chunks``, because
     a whole manual as one document would be cut at ``max_tokens`` and mostly lost, and a paragraph alone is
@@ -199,12 +201,13 @@ def read_file(path: Path) -> Iterator[Row]:
     Raises:
         CorpusError: the path is missing, unreadable, of an unknown suffix, or a row in it is bad.
     """
+    if not _exists(path):
+        yield from _read_pattern(path)
+        return
     if path.is_dir():
         yield from _read_folder(path)
         return
     reader = READERS.get(path.suffix.lower())
-    if not path.exists():
-        raise CorpusError(f"the corpus file {path} does not exist; check the path")
     if reader is None:
         raise CorpusError(
             f"{path} has the suffix {path.suffix or 'none'!r}, which cannot be read; "
@@ -214,6 +217,26 @@ def read_file(path: Path) -> Iterator[Row]:
         yield from reader(path)
     except OSError as error:
         raise CorpusError(f"{path} cannot be read ({error.strerror or error}); check the file") from None
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long for any file
+        return False
+
+
+def _read_pattern(pattern: Path) -> Iterator[Row]:
+    """Read the files that match; the folders that are there are taken by name, whatever signs are in it."""
+    base = next(folder for folder in pattern.absolute().parents if _exists(folder))
+    try:
+        found = sorted(base.glob(str(pattern.absolute().relative_to(base))))
+    except (OSError, ValueError):  # too long for a name, or no pattern either
+        found = []
+    if not found:
+        raise CorpusError(f"the corpus file {pattern!s:.200} does not exist; check the path")
+    for path in found:
+        yield from read_file(path)
 
 
 def _read_folder(folder: Path) -> Iterator[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -37,7 +38,8 @@ def read_source(source: Source, dimension: str) -> list[Document]:
     """
     name = source_name(source)
     make = _maker(source, name)
-    documents = list(islice(_documents(_rows(source, name), make, dimension), source.limit))
+    limit = None if source.limit is None else min(source.limit, sys.maxsize)
+    documents = list(islice(_documents(_rows(source, name), make, dimension), limit))
     if not documents:
         raise CorpusError(f"{name} has no documents, or only empty ones; add some text or remove the source")
     return documents

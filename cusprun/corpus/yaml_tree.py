@@ -316,7 +316,10 @@ def _scalar(node: Any, line: int, reading: _Reading) -> Any:
     import yaml
 
     try:
-        return yaml.constructor.SafeConstructor().construct_object(node)
+        value = yaml.constructor.SafeConstructor().construct_object(node)
+        if isinstance(value, str):
+            value.encode()  # "\ud800" is half a character, which no file can be written with
+        return value
     except (yaml.YAMLError, ValueError) as error:
         problem = getattr(error, "problem", None) or error
         reading.add(line, f"{node.value!r} cannot be read ({problem}); put it in quotes if it is text")

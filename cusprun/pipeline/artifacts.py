@@ -108,7 +108,12 @@ def export(
         log.info("note: %s", loss)
     chosen.export(source, target, quant=quant, progress=progress)
     if verify:
-        prove(source, [target], parity_documents(source, expert, progress), progress)
+        try:
+            prove(source, [target], parity_documents(source, expert, progress), progress)
+        except BaseException:
+            # Interrupted or refused: an unproven file must not look like a proven one, or block the next try.
+            target.unlink(missing_ok=True)
+            raise
     return target
 
 
@@ -126,7 +131,7 @@ def verify(
     it is made of packs alone, or else the shipped probe texts. Every artifact gets a ``.parity.json``.
 
     Raises:
-        GateError: an artifact is over a limit; it was renamed to ``<artifact>.rejected``.
+        GateError: an artifact is over a limit; the file stays as it is.
         ExportError: a format or precision that no limits are known for.
         ModelError: a model is missing or damaged.
         MissingDependencyError: a runtime is not installed.
@@ -135,7 +140,7 @@ def verify(
     for path in paths:
         kind_of(path)
     source = resolve(folder, progress).path
-    return prove(source, paths, parity_documents(source, expert, progress), progress)
+    return prove(source, paths, parity_documents(source, expert, progress), progress, reject=False)
 
 
 def kind_of(artifact: Path) -> tuple[str, str]:
@@ -165,11 +170,16 @@ def kind_of(artifact: Path) -> tuple[str, str]:
 
 
 def prove(
-    folder: Path, artifacts: Sequence[Path], documents: Sequence[Sequence[int]], progress: Progress
+    folder: Path,
+    artifacts: Sequence[Path],
+    documents: Sequence[Sequence[int]],
+    progress: Progress,
+    *,
+    reject: bool = True,
 ) -> tuple[ParityReport, ...]:
     """Compare artifacts with the folder; with no ``documents``, on the shipped probe texts.
 
-    All are compared before the first failure is raised.
+    All are compared before the first failure is raised; with ``reject`` those that fail are renamed.
     """
     from exporters.parity import verify_artifact
     from exporters.parity_records import limits_for
@@ -194,6 +204,7 @@ def prove(
                         format_name=name,
                         quant=quant,
                         token_documents=chosen,
+                        reject=reject,
                         progress=progress,
                     )
                 )

@@ -40,9 +40,11 @@ class OpenModel:
 def open_model(model: StrPath, progress: Progress = SILENT) -> OpenModel:
     """Resolve a model, check its headers and hash its weights."""
     from cusprun.checkpoint.index import model_hash, open_checkpoint
+    from cusprun.walk.shell import load_config
 
     located = resolve(model, progress)
     index = open_checkpoint(located.path)
+    load_config(index)  # first, or the tokenizer, which reads the config too, is blamed for its faults
     with progress.stage("hashing the model", 1) as advance:
         digest = model_hash(index)
         advance(1)
@@ -102,7 +104,7 @@ def plan(
         UserError: a rule or target is unknown.
     """
     from cusprun.checkpoint.output import atomic_file
-    from cusprun.codec import dump_json
+    from cusprun.codec import json_bytes
     from cusprun.pruning.planner import make_plan
     from cusprun.pruning.store import open_store
 
@@ -115,7 +117,7 @@ def plan(
     )
     if target is not None:
         with atomic_file(target) as partial:
-            dump_json(made, partial)
+            partial.write_bytes(json_bytes(made))
     return made
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,12 @@ from cusprun.codec import dump_json
 from cusprun.progress import SILENT, Progress
 from cusprun.pruning.card import model_card
 from cusprun.pruning.rewrite import write_weights
-from cusprun.quality.likelihood import DocumentLikelihood, measure_likelihood, perplexity
+from cusprun.quality.likelihood import (
+    DocumentLikelihood,
+    exp_of_mean,
+    measure_likelihood,
+    perplexity,
+)
 from cusprun.records import Corpora, Expert, LayerRefit, Manifest, Plan, Shape
 from cusprun.version import __version__
 
@@ -140,7 +144,7 @@ def _manifest(
 
 def _held_out(quality: Sequence[DocumentLikelihood]) -> dict[str, float]:
     tokens = sum(document.num_predicted_tokens for document in quality)
-    before = math.exp(sum(document.reference_negative_log_likelihood for document in quality) / tokens)
+    before = exp_of_mean(sum(document.reference_negative_log_likelihood for document in quality), tokens)
     after = perplexity(quality)
     return {
         "documents": len(quality),

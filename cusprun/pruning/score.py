@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from cusprun.checkpoint.index import CheckpointIndex
 from cusprun.checkpoint.output import atomic_folder
 from cusprun.codec import dump_json
-from cusprun.errors import CorpusError
+from cusprun.errors import CorpusError, ModelError
 from cusprun.families import Modules
 from cusprun.progress import SILENT, Progress
 from cusprun.pruning.impact import channel_impacts, head_impacts
@@ -67,13 +67,23 @@ def score_model(
             arrays = _empty_arrays(index.shape, len(documents))
             for _ in _score_block(shell, layer, batches, hidden, arrays):
                 advance(1)
-            save_file(arrays, folder / layer_file(layer))
+            _require_finite(arrays, index, layer)
+            # Not save_file, whose own error hides that a disk is full.
+            (folder / layer_file(layer)).write_bytes(save(arrays))
         dump_json(info, folder / STORE_FILE)
     return out
 
 
 def _empty_arrays(shape: Shape, documents: int) -> dict[str, torch.Tensor]:
     return {kind: torch.empty(documents, count) for kind, count in unit_counts(shape).items()}
+
+
+def _require_finite(arrays: Mapping[str, torch.Tensor], index: CheckpointIndex, layer: int) -> None:
+    if not all(bool(torch.isfinite(values).all()) for values in arrays.values()):
+        raise ModelError(
+            f"{index.folder}: the activations of block {layer} overflow float32 or are no numbers; "
+            "start from a sound checkpoint"
+        )
 
 
 def _score_block(

@@ -119,7 +119,10 @@ def _read_layer(folder: Path, info: StoreInfo, layer: int) -> dict[str, torch.Te
     documents = len(info.documents)
     wanted = {kind: (documents, count) for kind, count in unit_counts(info.shape).items()}
     found = {name: tuple(array.shape) for name, array in arrays.items()}
-    if found != wanted:
+    sound = found == wanted and all(
+        bool((torch.isfinite(array) & (array >= 0)).all()) for array in arrays.values()
+    )
+    if not sound:
         raise StoreError(f"{path} does not fit its store.json; make the store again with `cusprun score`")
     return arrays
 

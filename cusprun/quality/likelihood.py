@@ -41,7 +41,12 @@ class DocumentLikelihood:
 def perplexity(likelihoods: Sequence[DocumentLikelihood]) -> float:
     """Return exp of the mean negative log-likelihood per predicted token over all documents."""
     tokens = sum(likelihood.num_predicted_tokens for likelihood in likelihoods)
-    return math.exp(sum(likelihood.negative_log_likelihood for likelihood in likelihoods) / tokens)
+    return exp_of_mean(sum(likelihood.negative_log_likelihood for likelihood in likelihoods), tokens)
+
+
+def exp_of_mean(total_nats: float, tokens: int) -> float:
+    """Return exp(total / tokens), cut at e^700: beyond it float64 ends, and no model is meant to be there."""
+    return math.exp(min(total_nats / tokens, 700.0))
 
 
 def measure_likelihood(

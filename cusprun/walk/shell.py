@@ -25,17 +25,10 @@ class DecoderShell:
 
     def __init__(self, index: CheckpointIndex) -> None:
         self.index = index
-        self._config = _load_config(index)
-        with torch.device("meta"):
-            model = _model_class().from_config(
-                self._config, attn_implementation="sdpa", dtype=torch.float32, trust_remote_code=False
-            )
-        decoder = model.get_submodule(index.family.modules.decoder)
+        decoder = _empty_decoder(index)
         self._blocks = list(decoder.layers)
         self._embedding = decoder.embed_tokens
         self._norm = decoder.norm
-        # Rotary tables are buffers that no checkpoint stores: made again with storage.
-        decoder.rotary_emb = type(decoder.rotary_emb)(config=decoder.config)
         decoder.embed_tokens = decoder.norm = nn.Identity()
         self._decoder = decoder.eval()
         self._layer_types = getattr(decoder.config, "layer_types", None)
@@ -109,11 +102,34 @@ def _model_class() -> Any:
     return AutoModelForCausalLM
 
 
-def _load_config(index: CheckpointIndex) -> Any:
+def _empty_decoder(index: CheckpointIndex) -> Any:
+    """Return the stock decoder without storage for its weights."""
+    config = load_config(index)
+    try:
+        with torch.device("meta"):
+            model = _model_class().from_config(
+                config, attn_implementation="sdpa", dtype=torch.float32, trust_remote_code=False
+            )
+        decoder = model.get_submodule(index.family.modules.decoder)
+        # Rotary tables are buffers that no checkpoint stores: made again with storage.
+        decoder.rotary_emb = type(decoder.rotary_emb)(config=decoder.config)
+    except Exception as error:  # tables of activations and of rotary kinds, sizes: many types
+        raise _refused(index, error) from None
+    return decoder
+
+
+def load_config(index: CheckpointIndex) -> Any:
+    """Return the stock config of a checkpoint; raises ``ModelError`` when transformers refuses it."""
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(index.folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the strict configs of transformers raise many types
-        reason = " ".join(str(error).split())
-        raise ModelError(f"{index.folder / 'config.json'} is refused by transformers: {reason}") from None
+        raise _refused(index, error) from None
+
+
+def _refused(index: CheckpointIndex, error: Exception) -> ModelError:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    return ModelError(
+        f"{index.folder / 'config.json'} is refused by transformers ({reason}); mend the config"
+    )

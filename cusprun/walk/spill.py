@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,14 @@ from cusprun.errors import OutputError
 from cusprun.walk.batches import Batch
 
 
+def _reserve(descriptor: int, num_bytes: int) -> None:
+    """Give a file its size, with disk behind it: a mapped page for which there is none kills the process."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, num_bytes)
+    else:
+        os.ftruncate(descriptor, num_bytes)
+
+
 class Spill:
     """Float32 rows of one width for every padded token of a sequence of batches."""
 
@@ -21,10 +30,10 @@ class Spill:
         self._batches = batches
         self._width = width
         self._offsets = np.cumsum([0, *(batch.num_padded_tokens for batch in batches)])
+        rows = int(self._offsets[-1])
         self._file = tempfile.TemporaryFile(dir=folder, prefix=".cusprun-spill-")  # noqa: SIM115
         try:
-            rows = int(self._offsets[-1])
-            self._file.truncate(max(1, rows * width * 4))
+            _reserve(self._file.fileno(), max(1, rows * width * 4))
             self._rows = np.memmap(self._file, dtype=np.float32, mode="r+", shape=(rows, width))
         except OSError as error:
             self._file.close()

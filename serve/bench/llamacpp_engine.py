@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
-from cusprun.errors import MissingDependencyError, ModelError
+from cusprun.errors import ModelError
 from serve.bench.records import Job
+from serve.runtimes.llamacpp import load_library
 
 _BATCH_TOKENS = 512  # llama.cpp's own default for a physical batch
 _CONTEXT_STEP = 256  # llama.cpp pads the cache to this
-_LOG_LEVEL_ERROR = 4  # GGML_LOG_LEVEL_ERROR in ggml.h
 
 
 class LlamaCppEngine:
@@ -25,21 +24,7 @@ class LlamaCppEngine:
         self.runtime = ""
         self._model: Any = None
         self._context: Any = None
-        self._errors: list[str] = []
-        try:
-            import llama_cpp
-        except ImportError:
-            raise MissingDependencyError(
-                "llama-cpp-python is not installed; add it with: pip install 'cusprun[llamacpp]'"
-            ) from None
-        self._lib: Any = llama_cpp
-        self._log_callback = llama_cpp.llama_log_callback(self._keep_error)
-        llama_cpp.llama_log_set(self._log_callback, ctypes.c_void_p(0))
-        llama_cpp.llama_backend_init()
-
-    def _keep_error(self, level: int, text: bytes, _user_data: Any) -> None:
-        if level == _LOG_LEVEL_ERROR:
-            self._errors.append(text.decode("utf-8", errors="replace").strip())
+        self._lib, self._errors = load_library()
 
     def load(self, job: Job) -> None:
         """Load the model and make a context.

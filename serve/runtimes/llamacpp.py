@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cusprun.errors import MissingDependencyError, ModelError, require_known
+from cusprun.llamacpp_log import collect_errors
 from cusprun.records import Message
 from serve.runtimes.chat_template import render_template
 from serve.runtimes.protocol import SpecialIds
@@ -22,13 +22,10 @@ KV_CACHE_TYPES = {"f32": 0, "f16": 1}
 
 _BATCH_TOKENS = 512  # logits of a batch lie in memory at once: 512 x 128,000 x 4 bytes = 262 MB
 _CONTEXT_STEP = 256
-_ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR
-_keep: dict[str, Any] = {}  # llama.cpp keeps the address of its log callback for the whole process
-_errors: list[str] = []
 
 
-def load_library() -> Any:
-    """Import llama_cpp and silence it; its errors are kept and shown in our own.
+def load_library() -> tuple[Any, list[str]]:
+    """Import llama_cpp, silence it, and return it with the list that its error messages go to.
 
     Raises:
         MissingDependencyError: llama-cpp-python is not installed.
@@ -40,15 +37,9 @@ def load_library() -> Any:
             "llama-cpp-python is not installed; run: pip install 'cusprun[llamacpp]'"
         ) from None
 
-    def collect(level: int, text: bytes, _user_data: ctypes.c_void_p) -> None:
-        if level == _ERROR_LEVEL:
-            _errors.append(text.decode("utf-8", "replace").strip())
-
-    _errors.clear()
-    _keep["log"] = llama_cpp.llama_log_callback(collect)
-    llama_cpp.llama_log_set(_keep["log"], ctypes.c_void_p(0))
+    errors = collect_errors(llama_cpp)
     llama_cpp.llama_backend_init()
-    return llama_cpp
+    return llama_cpp, errors
 
 
 class LlamaCppRuntime:
@@ -75,7 +66,7 @@ class LlamaCppRuntime:
         require_known(kv_cache, KV_CACHE_TYPES, "KV cache type")
         if not path.is_file():
             raise ModelError(f"{path} is not a file; give a GGUF file")
-        self._lib = load_library()
+        self._lib, self._errors = load_library()
         self._path = path
         self._n_threads = n_threads or os.cpu_count() or 1
         self._kv_cache = kv_cache
@@ -86,7 +77,7 @@ class LlamaCppRuntime:
         params.n_gpu_layers = 0
         self._model = self._lib.llama_model_load_from_file(str(path).encode(), params)
         if not self._model:
-            raise ModelError(f"{path} cannot be loaded by llama.cpp ({_last_error()}); export it again")
+            raise ModelError(f"{path} cannot be loaded by llama.cpp ({self._reason()}); export it again")
         self._vocab = self._lib.llama_model_get_vocab(self._model)
         self._context: Any = None
         self._context_length = 0
@@ -203,7 +194,7 @@ class LlamaCppRuntime:
         self._context = self._lib.llama_init_from_model(self._model, params)
         if not self._context:
             raise ModelError(
-                f"{self._path}: llama.cpp cannot make a context of {length} tokens ({_last_error()})"
+                f"{self._path}: llama.cpp cannot make a context of {length} tokens ({self._reason()})"
             )
         self._context_length = length
 
@@ -219,10 +210,9 @@ class LlamaCppRuntime:
                 batch.seq_id[i][0] = 0
                 batch.logits[i] = all_logits or i == count - 1
             if self._lib.llama_decode(self._context, batch):
-                raise ModelError(f"{self._path}: llama.cpp cannot decode {count} tokens ({_last_error()})")
+                raise ModelError(f"{self._path}: llama.cpp cannot decode {count} tokens ({self._reason()})")
         finally:
             self._lib.llama_batch_free(batch)
 
-
-def _last_error() -> str:
-    return _errors[-1] if _errors else "no reason given"
+    def _reason(self) -> str:
+        return self._errors[-1] if self._errors else "no reason given"

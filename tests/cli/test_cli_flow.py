@@ -169,7 +169,7 @@ def test_export_verify_inspect_bench(work, cusprun, tiny_models, family) -> None
 
 
 @llama_cpp
-def test_another_models_artifact_fails_the_gate(work, cusprun) -> None:
+def test_another_models_artifact_fails_the_gate_and_stays(work, cusprun) -> None:
     assert (
         cusprun("prune", "model", *EXPERT, "--for", "gguf:f16", "--ratio", "0.5", "--out", "small").code == 0
     )
@@ -177,8 +177,10 @@ def test_another_models_artifact_fails_the_gate(work, cusprun) -> None:
     outcome = cusprun("verify", "small", "a.gguf")
     assert outcome.code == 3
     assert "does not compute the same" in outcome.err
-    assert not Path("a.gguf").exists()
-    assert Path("a.gguf.rejected").exists()
+    assert "made from" in outcome.err
+    assert Path("a.gguf").exists()
+    assert not Path("a.gguf.rejected").exists()
+    assert json.loads(Path("a.gguf.parity.json").read_text())["verdict"] == "fail"
 
 
 def test_a_gguf_is_imported_once_and_then_found(work, cusprun) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from cusprun.checkpoint.index import open_checkpoint
 from cusprun.quality.likelihood import measure_likelihood, perplexity
 from cusprun.walk.batches import make_batches
 from cusprun.walk.shell import DecoderShell
+from cusprun.walk.spill import spilled
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -72,3 +74,11 @@ def test_batches_hold_every_document_once_and_keep_to_the_limit(lengths: list[in
         assert batch.num_padded_tokens <= limit or len(batch.documents) == 1
         for row, document in enumerate(batch.documents):
             assert batch.token_ids[row][batch.mask[row]].tolist() == list(texts[document].token_ids)
+
+
+def test_hidden_states_have_disk_behind_them() -> None:
+    batches = make_batches(documents(40))
+    with spilled(batches, 256) as spill:
+        rows = sum(batch.num_padded_tokens for batch in batches)
+        # A hole would kill the process with SIGBUS when it is filled on a full disk.
+        assert os.fstat(spill._file.fileno()).st_blocks * 512 >= rows * 256 * 4
