@@ -31,7 +31,7 @@ from cusprun.walk.batches import make_batches
 
 EXPERT = Path(__file__).parent / "demo" / "expert.yaml"
 ROUNDS = 3
-DOCUMENTS = 60
+DOCUMENTS = 30
 
 
 def main() -> None:

@@ -60,10 +60,10 @@ def test_paper_rule_removes_the_intersection_of_the_irrelevant_sets(
     assert set(torch.nonzero(scores <= threshold).flatten().tolist()) == set.intersection(*irrelevant)
 
 
-def test_mean_rule_weighs_dimensions_alike_whatever_their_size_and_length() -> None:
-    impacts = torch.tensor([[2.0, 0.0], [2.0, 0.0], [2.0, 0.0], [0.0, 6.0]])
+def test_mean_rule_weighs_documents_alike_whatever_their_length() -> None:
+    impacts = torch.tensor([[2.0, 0.0], [2.0, 0.0], [2.0, 0.0], [0.0, 18.0]])
     scores = RULES["mean"](impacts, torch.tensor([1, 1, 1, 9]), {"a": [0, 1, 2], "b": [3]})
-    assert scores.tolist() == [1.0, 1.0]
+    assert scores.tolist() == [1.5, 1.5]
 
 
 @pytest.mark.parametrize("rule", RULES)
