@@ -12,10 +12,12 @@ import pytest
 
 # Sends itself a signal in the second block of the refit, after the scores are finished.
 KILLER = """
-import os, sys
+import os, signal, sys
 from cusprun.pruning.refit_walk import RefitWalk
 from cusprun.cli import main
 
+# A run in the background inherits an ignored SIGINT.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 original = RefitWalk.refit_block
 
 def interrupted(self, layer, plan):
