@@ -230,7 +230,8 @@ def to_markdown(result: dict[str, Any]) -> str:
         f"({corpora['calibration']['tokens']:,} tokens) of gsm8k train and xquad en train, evaluation on "
         f"{corpora['held_out (gsm8k test)']['documents']} of gsm8k test and "
         f"{corpora['general (xquad en test)']['documents']} paragraphs of xquad en test.",
-        f"Perplexity by cusprun {check['cusprun']:.4f}, by transformers {check['transformers']:.4f}. "
+        f"On the first {check['documents']} of these the original's perplexity is {check['cusprun']:.4f} by "
+        f"cusprun and {check['transformers']:.4f} by transformers. "
         f"Exported to GGUF: {'; '.join(parity_text(row) for row in result['export_parity'])}. "
         f"Made by `{result['command']}`.",
     ]

@@ -87,11 +87,6 @@ def resolve(model: StrPath, progress: Progress = SILENT) -> Located:
     return Located(folder, located.source)
 
 
-def resolve_model(model: StrPath, progress: Progress = SILENT) -> Path:
-    """Return the Hugging Face folder of a model; see :func:`resolve`."""
-    return resolve(model, progress).path
-
-
 def as_paths(paths: StrPath | Sequence[StrPath]) -> list[Path]:
     """Return one path, or several, as a list."""
     return [Path(path) for path in ((paths,) if isinstance(paths, str | os.PathLike) else paths)]

@@ -187,6 +187,5 @@ def refit_walk(
         spilled(batches, axis_length("ffn", after)) as kept_ffn,
     ):
         shell = DecoderShell(index)
-        for position, rows in enumerate(shell.embed_all(list(batches))):
-            hidden.write(position, rows)
+        shell.embed_into(hidden, batches)
         yield RefitWalk(shell, batches, hidden, attended, (kept_heads, kept_ffn))

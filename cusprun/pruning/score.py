@@ -61,8 +61,7 @@ def score_model(
         progress.stage("scoring", num_layers * len(batches), "batch") as advance,
     ):
         shell = DecoderShell(index)
-        for position, rows in enumerate(shell.embed_all(list(batches))):
-            hidden.write(position, rows)
+        shell.embed_into(hidden, batches)
         for layer in range(num_layers):
             arrays = _empty_arrays(index.shape, len(documents))
             for _ in _score_block(shell, layer, batches, hidden, arrays):

@@ -100,8 +100,7 @@ def _run_blocks(
 ) -> DecoderShell:
     """Leave the last block's outputs in ``hidden``."""
     shell = DecoderShell(index)
-    for position, rows in enumerate(shell.embed_all(list(batches))):
-        hidden.write(position, rows)
+    shell.embed_into(hidden, batches)
     for layer in range(index.shape.num_hidden_layers):
         block = shell.load_block(layer)
         with shell.holding(layer, block):

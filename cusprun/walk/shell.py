@@ -7,7 +7,7 @@ its list of blocks is set to the one block that is loaded, and its own ``forward
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from cusprun.checkpoint.index import CheckpointIndex
 from cusprun.checkpoint.reader import layer_tensors, read_tensor
 from cusprun.errors import ModelError
 from cusprun.walk.batches import Batch
+from cusprun.walk.spill import Spill
 
 
 class DecoderShell:
@@ -33,15 +34,14 @@ class DecoderShell:
         self._decoder = decoder.eval()
         self._layer_types = getattr(decoder.config, "layer_types", None)
 
-    def embed(self, batch: Batch) -> torch.Tensor:
-        """Return the input of block 0: float32 [documents, tokens, hidden_size].
+    def embed_into(self, hidden: Spill, batches: Sequence[Batch]) -> None:
+        """Leave the input of block 0 in ``hidden``, one batch in memory at a time.
 
         Only the rows of tokens that occur are cast, so a large vocabulary costs no float32 copy.
-        """
-        return self.embed_all([batch])[0]
 
-    def embed_all(self, batches: list[Batch]) -> list[torch.Tensor]:
-        """Return the inputs of block 0 for several batches, reading the table once."""
+        Raises:
+            ModelError: a token has no row in the embedding.
+        """
         table = read_tensor(self.index, self.index.family.embedding_name())
         highest = max(int(batch.token_ids.max()) for batch in batches)
         if highest >= table.shape[0]:
@@ -54,7 +54,8 @@ class DecoderShell:
         embedding.padding_idx = None
         embedding.weight = nn.Parameter(table[used].float(), requires_grad=False)
         with torch.inference_mode():
-            return [embedding(torch.searchsorted(used, batch.token_ids)) for batch in batches]
+            for position, batch in enumerate(batches):
+                hidden.write(position, embedding(torch.searchsorted(used, batch.token_ids)))
 
     def load_block(self, layer: int) -> nn.Module:
         """Return decoder block ``layer`` with its float32 weights; drop it to free them."""

@@ -25,8 +25,12 @@ def test_blocks_one_at_a_time_give_the_hidden_states_of_the_whole_model(family: 
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     shell = DecoderShell(open_checkpoint(folder))
     texts = documents(5)
-    for batch in make_batches(texts, batch_tokens=64):
-        hidden = shell.embed(batch)
+    batches = make_batches(texts, batch_tokens=64)
+    with spilled(batches, 48) as start:
+        shell.embed_into(start, batches)
+        inputs = [start.read(position) for position in range(len(batches))]
+    for batch, rows in zip(batches, inputs, strict=True):
+        hidden = rows
         for layer in range(3):
             block = shell.load_block(layer)
             with shell.holding(layer, block):
