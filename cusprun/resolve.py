@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import errno
 import logging
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,6 +27,8 @@ StrPath = str | os.PathLike[str]
 PACKAGE_PREFIX = "package:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _GGUF_MAGIC = b"GGUF"
+_ASSEMBLE = "assemble"
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 _PATH_SIGNS = ("/", ".", "~", "\\")
 
 
@@ -47,7 +52,7 @@ def locate(model: StrPath, progress: Progress = SILENT) -> Located:
     """
     text = os.fspath(model)
     if text.startswith(PACKAGE_PREFIX):
-        return Located(_gguf_in_package(text.removeprefix(PACKAGE_PREFIX)), text)
+        return Located(_gguf_of_package(text.removeprefix(PACKAGE_PREFIX), progress), text)
     path = expand_home(text)
     if path.is_dir():
         return Located(path, path.resolve().name)
@@ -102,8 +107,12 @@ def _is_gguf(path: Path) -> bool:
         raise ModelError(f"{path} cannot be read ({error.strerror}); check the file") from None
 
 
-def _gguf_in_package(name: str) -> Path:
-    """Return the one GGUF file inside an installed package, which is looked at and not imported."""
+def _gguf_of_package(name: str, progress: Progress) -> Path:
+    """Return the one GGUF file of an installed package.
+
+    A package is looked at and not imported, unless it holds no GGUF file and defines ``assemble``: such a
+    package comes with its file in parts, and only its own function knows how to join them.
+    """
     # A dotted name would import the parent package, and with it run its code.
     spec = find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
@@ -114,10 +123,56 @@ def _gguf_in_package(name: str) -> Path:
     found = sorted(
         file for folder in spec.submodule_search_locations for file in Path(folder).rglob("*.gguf")
     )
+    init = Path(spec.origin) if spec.origin else None
+    if not found and init is not None and _defines_assemble(init):
+        return _assembled(name, init, progress)
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
         raise ModelError(
-            f"the Python package {name!r} must hold exactly one GGUF file, and holds {names}; "
-            "give the file's path"
+            f"the Python package {name!r} must hold exactly one GGUF file, or offer a function "
+            f"{_ASSEMBLE}(output_path), and holds {names}; give the file's path"
         )
     return found[0]
+
+
+def _defines_assemble(init: Path) -> bool:
+    """Tell whether a module defines the function, without running it."""
+    try:
+        body = ast.parse(init.read_bytes()).body
+    except (OSError, SyntaxError, ValueError):
+        return False
+    return any(isinstance(node, ast.FunctionDef) and node.name == _ASSEMBLE for node in body)
+
+
+def _assembled(name: str, init: Path, progress: Progress) -> Path:
+    """Return the file that a package's ``assemble(output_path)`` writes, made once and kept in the cache."""
+    versions = sorted(
+        {
+            f"{distribution}={metadata.version(distribution)}"
+            for distribution in metadata.packages_distributions().get(name, ())
+        }
+    )
+    key = key_of("assemble", name, versions, file_sha256(init))
+
+    def make(out: Path) -> None:
+        from cusprun.checkpoint.output import atomic_file
+
+        with progress.stage(f"assembling {name}", 1) as advance, atomic_file(out) as partial:
+            try:
+                getattr(import_module(name), _ASSEMBLE)(partial)
+            except Exception as error:  # whatever the package raises
+                if isinstance(error, OSError) and error.errno in _FULL_DISK:
+                    raise
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                raise ModelError(f"the Python package {name!r} cannot assemble its file ({reason})") from None
+            if not partial.is_file() or not _is_gguf(partial):
+                raise ModelError(
+                    f"{_ASSEMBLE}(output_path) of the Python package {name!r} wrote no GGUF file there; "
+                    "install the package again"
+                )
+            advance(1)
+
+    path, found = cached("assembled", f"{name}-{key}.gguf", make)
+    if found:
+        log.info("%s was assembled before; using %s", name, path)
+    return path

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -18,7 +16,7 @@ from cusprun.progress import SILENT, Progress
 from exporters.gguf_load import load_once
 from exporters.gguf_metadata import add_architecture, add_provenance, add_vocab
 from exporters.gguf_rope import Rope, rope_of
-from exporters.gguf_tensors import QUANTS, PlannedTensor, plan_tensors, target_of, tensor_data
+from exporters.gguf_tensors import FAMILIES, QUANTS, PlannedTensor, plan_tensors, target_of, tensor_data
 from exporters.gguf_vocab import GgufVocab, read_vocab
 
 _ACTIVATIONS = frozenset({"silu", "swish"})  # the only one in llama.cpp's graphs of these families
@@ -47,8 +45,9 @@ def check(model: CheckpointIndex, quant: str) -> tuple[str, ...]:
     """Say what an export to GGUF would lose; an empty tuple means nothing. Reads no weights.
 
     Raises:
-        ExportError: the precision is unknown, the tokenizer is missing or of a kind that llama.cpp cannot
-            reproduce, or the model has a setting (rope scaling, activation, sliding window) that it lacks.
+        ExportError: the precision is unknown, the family cannot be written, the tokenizer is missing or of a
+            kind that llama.cpp cannot reproduce, or the model has a setting (rope scaling, activation,
+            sliding window) that it lacks.
     """
     return _losses(_prepare(model, quant))
 
@@ -78,28 +77,31 @@ def export_gguf(folder: Path, out: Path, *, quant: str = "f16", progress: Progre
 def _prepare(index: CheckpointIndex, quant: str) -> _Job:
     require_known(quant, QUANTS, "GGUF precision", ExportError)
     where = str(index.folder / "config.json")
-    _refuse_unsupported(index.config, index.shape.num_hidden_layers, where)
+    refuse_unsupported(index, where)
     rope = rope_of(index.config, index.shape, where)
     vocab = read_vocab(index.folder, index.shape.vocab_size, index.config)
     return _Job(index, quant, vocab, rope, tuple(plan_tensors(index, quant, rope)))
 
 
-def _refuse_unsupported(config: Mapping[str, Any], num_hidden_layers: int, where: str) -> None:
-    activation = config.get("hidden_act") or "silu"
+def refuse_unsupported(index: CheckpointIndex, where: str) -> None:
+    """Raise ``ExportError`` when llama.cpp has no graph that computes the model as its config says."""
+    family, config = index.family, index.config
+    if family.model_type not in FAMILIES:
+        raise ExportError(
+            f"{where}: models of the family {family.model_type} cannot be written as GGUF "
+            f"(supported: {', '.join(FAMILIES)}); use the Hugging Face folder itself"
+        )
+    if config.get("attention_bias") and not FAMILIES[family.model_type].has_attention_biases:
+        raise ExportError(f"{where}: llama.cpp runs {family.model_type} without attention biases only")
+    activation = config.get(family.activation_key) or "silu"
     if activation not in _ACTIVATIONS:
         raise ExportError(f"{where}: llama.cpp runs this family with silu only, not with {activation!r}")
-    kinds = config.get("layer_types") or ()
-    first_windowed = config.get("max_window_layers")
-    windowed = "sliding_attention" in kinds or (
-        bool(config.get("use_sliding_window"))
-        and not kinds
-        and isinstance(first_windowed, int)
-        and first_windowed < num_hidden_layers
-    )
-    if windowed and config.get("sliding_window"):
+    if family.has_sliding_window(config):
+        window = family.setting(config, "sliding_window")
+        setting = "use_sliding_window to false" if config.get("use_sliding_window") else "it to null"
         raise ExportError(
-            f"{where}: llama.cpp runs this family without a sliding window; set use_sliding_window to false "
-            f"if texts stay under {config['sliding_window']} tokens"
+            f"{where}: llama.cpp runs this family without a sliding window (sliding_window = {window}); set "
+            f"{setting} if texts stay under {window} tokens"
         )
 
 

@@ -31,6 +31,22 @@ _ROPE_FACTORS = "rope_freqs.weight"
 
 
 @dataclass(frozen=True)
+class Graph:
+    """What llama.cpp's graph of a family computes besides the plain decoder."""
+
+    has_attention_biases: bool
+
+
+FAMILIES = {
+    "llama": Graph(has_attention_biases=True),
+    "mistral": Graph(has_attention_biases=True),
+    "qwen2": Graph(has_attention_biases=True),
+    "qwen3": Graph(has_attention_biases=False),
+}
+"""The families that can be written, by ``model_type``."""
+
+
+@dataclass(frozen=True)
 class Target:
     """A graph of llama.cpp; with ``permutes_rope`` it rotates adjacent pairs, not halves."""
 

@@ -22,6 +22,34 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama-wide-heads": {"model_type": "llama", "tie_word_embeddings": False, "head_dim": 16},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen2-untied": {"model_type": "qwen2", "tie_word_embeddings": False},
+    "mistral": {"model_type": "mistral", "tie_word_embeddings": False, "sliding_window": None},
+    "mistral-sliding": {"model_type": "mistral", "tie_word_embeddings": False, "sliding_window": 4},
+    "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True, "head_dim": 12},
+    "qwen3-sliding-biased": {
+        "model_type": "qwen3",
+        "tie_word_embeddings": False,
+        "head_dim": 8,
+        "attention_bias": True,
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "max_window_layers": 1,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "tie_word_embeddings": True,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "phi3": {"model_type": "phi3", "tie_word_embeddings": False, "pad_token_id": 0},
+    "phi3-partial-rotary": {
+        "model_type": "phi3",
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+        "head_dim": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    },
 }
 """One entry for each shape of family that the contract covers."""
 
@@ -45,7 +73,9 @@ def build_model(name: str = "llama", seed: int = 0, **overrides: Any) -> Any:
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for name_, parameter in model.named_parameters():
-        if parameter.dim() == 1 and "norm" not in name_:
+        if "norm" in name_:
+            parameter.data += 0.1 * torch.randn(parameter.shape)
+        elif parameter.dim() == 1:
             torch.nn.init.normal_(parameter, std=0.3)
         elif parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.25)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from cusprun.errors import ModelError
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -31,6 +34,25 @@ CARRIED_FILES = (
 """Files that a pruned model carries over to the byte."""
 
 CARRIED_FOLDERS = ("additional_chat_templates",)
+
+
+_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+
+
+def tokenizer_hash(folder: Path) -> str:
+    """Return a SHA-256 over the files that turn text into token ids, empty when a folder has none.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
+    files = [folder / name for name in _VOCABULARY_FILES if (folder / name).is_file()]
+    digest = hashlib.sha256()
+    for path in files:
+        try:
+            digest.update(f"{path.name}|{hashlib.sha256(path.read_bytes()).hexdigest()}|".encode())
+        except OSError as error:
+            raise ModelError(f"{path} cannot be read ({error.strerror}); check the file") from None
+    return digest.hexdigest() if files else ""
 
 
 def copy_carried_files(source: Path, target: Path) -> None:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from cusprun.checkpoint.gguf_header import GgufFile
 from cusprun.errors import ModelError, UnsupportedModelError
-from cusprun.families import Family, families
+from cusprun.families import Family, GgufLayers, families
 
 ROPE_FACTORS = "rope_freqs.weight"
 _EMBEDDING = "token_embd.weight"
@@ -23,6 +23,9 @@ _FACTOR_TOLERANCE = 1e-3  # the factors are float32 and come from a float32 comp
 
 def gguf_family(file: GgufFile) -> Family:
     """Return the family whose computation the file's architecture names.
+
+    Several families may share one: the first that takes the file's head count (mistral has llama's graph and
+    takes any).
 
     Raises:
         UnsupportedModelError: another architecture, a mixture of experts, or no language model at all.
@@ -47,11 +50,23 @@ def gguf_family(file: GgufFile) -> Family:
             f"{file.path} is a mixture of {experts} experts ({architecture!r}), which cannot be pruned; "
             "use a dense model"
         )
+    for name in ("final_logit_softcapping", "attn_logit_softcapping"):
+        if file.metadata.get(f"{architecture}.{name}"):
+            raise UnsupportedModelError(
+                f"{file.path} caps its logits ({name}), which the measurements here do not compute"
+            )
+    if any(name.startswith("rope_factors_") for name in file.tensors):
+        raise UnsupportedModelError(
+            f"{file.path} has a rotary embedding whose table switches with the length of a text (longrope), "
+            "which cannot be carried over; use the variant of the model with the short context"
+        )
     if file.metadata.get(f"{architecture}.attention.scale") is not None:
         raise UnsupportedModelError(
             f"{file.path} scales attention by its own factor, which stock {matching[0].architecture} does not"
         )
-    return matching[0]
+    heads = file.integer(f"{architecture}.attention.head_count")
+    divides = heads and file.integer(f"{architecture}.embedding_length") % heads == 0
+    return next((family for family in matching if divides or not family.heads_divide_hidden), matching[0])
 
 
 def build_config(file: GgufFile, family: Family, dtype: str) -> dict[str, Any]:
@@ -72,7 +87,7 @@ def build_config(file: GgufFile, family: Family, dtype: str) -> dict[str, Any]:
         raise ModelError(f"{file.path}: {prefix}.embedding_length is not the width {hidden} of {_EMBEDDING}")
     if not heads:
         raise ModelError(f"{file.path}: {prefix}.attention.head_count must be positive")
-    head_dim = _head_dim(file, prefix, hidden, heads)
+    head_dim, rotated = _head_dims(file, family, hidden, heads)
     if family.heads_divide_hidden and hidden % heads:
         raise UnsupportedModelError(
             f"{file.path} has {heads} heads at a hidden size of {hidden}, and stock {family.architecture} "
@@ -84,6 +99,8 @@ def build_config(file: GgufFile, family: Family, dtype: str) -> dict[str, Any]:
             f"{file.path}: {prefix}.attention.layer_norm_rms_epsilon is {epsilon}, not in (0, 1)"
         )
     context, rope = file.integer(f"{prefix}.context_length"), rope_parameters(file, prefix, head_dim)
+    if rotated != head_dim:
+        rope["partial_rotary_factor"] = rotated / head_dim
     return {
         "architectures": [family.architecture],
         "model_type": family.model_type,
@@ -94,7 +111,7 @@ def build_config(file: GgufFile, family: Family, dtype: str) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": file.integer(f"{prefix}.attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "hidden_act": "silu",
+        family.activation_key: family.activation,
         "max_position_embeddings": _max_positions(context, rope),
         # Stored as float32, where 1e-5 reads 9.999999747378752e-06.
         "rms_norm_eps": float(str(np.float32(epsilon))),
@@ -104,14 +121,70 @@ def build_config(file: GgufFile, family: Family, dtype: str) -> dict[str, Any]:
         "initializer_range": 0.02,
         "use_cache": True,
         "dtype": dtype,
+        **_window(file, family),
+        **_layer_kinds(file, family, rope, layers, head_dim, hidden // heads),
     }
 
 
-def _head_dim(file: GgufFile, prefix: str, hidden: int, heads: int) -> int:
+def _window(file: GgufFile, family: Family) -> dict[str, Any]:
+    """Return the sliding window of families in which every block has one, or none.
+
+    llama.cpp passes over it; the model's own definition does not. Within the window both are the same.
+    """
+    if family.sliding_window != "always":
+        return {}
+    return {"sliding_window": file.integer(f"{family.gguf_architecture}.attention.sliding_window", 0) or None}
+
+
+def _layer_kinds(
+    file: GgufFile, family: Family, rope: dict[str, Any], layers: int, head_dim: int, query_share: int
+) -> dict[str, Any]:
+    """Return what a family with blocks of two kinds has besides: which block is which, and two rotary tables.
+
+    As in llama.cpp: without a window every block sees everything; with one, every n-th block does, and the
+    others rotate by an unscaled table of their own.
+    """
+    kinds = family.gguf_layers
+    if kinds is None:
+        return {}
+    prefix = family.gguf_architecture
+    window = file.integer(f"{prefix}.attention.sliding_window", 0)
+    theta = file.number(f"{prefix}.rope.freq_base_swa", kinds.sliding_rope_theta)
+    if theta <= 1:
+        raise ModelError(f"{file.path}: {prefix}.rope.freq_base_swa is {theta}; it must be above 1")
+    sliding = _sliding_blocks(file, kinds, layers) if window else [False] * layers
+    return {
+        # Stock code wants a width also where no block slides.
+        "sliding_window": window or file.integer(f"{prefix}.context_length"),
+        "layer_types": ["sliding_attention" if windowed else "full_attention" for windowed in sliding],
+        "query_pre_attn_scalar": query_share if layers == kinds.wide_query_scale_blocks else head_dim,
+        "rope_parameters": {
+            "full_attention": rope,
+            "sliding_attention": {"rope_type": "default", "rope_theta": theta},
+        },
+    }
+
+
+def _sliding_blocks(file: GgufFile, kinds: GgufLayers, layers: int) -> list[bool]:
+    """Return which blocks have the window: a pattern is one flag for each block, or the n of every n-th."""
+    key = f"{file.text('general.architecture')}.attention.sliding_window_pattern"
+    if isinstance(file.metadata.get(key), list):
+        flags = file.array(key, bool)
+        if len(flags) != layers:
+            raise ModelError(f"{file.path}: {key} has {len(flags):,} entries for {layers:,} blocks")
+        return flags
+    every = file.integer(key, kinds.full_attention_every)
+    return [bool(every) and (layer + 1) % every != 0 for layer in range(layers)]
+
+
+def _head_dims(file: GgufFile, family: Family, hidden: int, heads: int) -> tuple[int, int]:
+    """Return the dimensions of a head, and how many of them are rotated."""
+    prefix = family.gguf_architecture
     head_dim = file.integer(f"{prefix}.attention.key_length", hidden // heads)
     value_dim = file.integer(f"{prefix}.attention.value_length", head_dim)
     rotary = file.integer(f"{prefix}.rope.dimension_count", head_dim)
-    if head_dim != value_dim or head_dim != rotary:
+    partly = family.partial_rotary and 0 < rotary < head_dim and rotary % 2 == 0
+    if head_dim != value_dim or not (rotary == head_dim or partly):
         raise UnsupportedModelError(
             f"{file.path} has keys of {head_dim}, values of {value_dim} and {rotary} rotated dimensions per "
             "head; stock models of this family have one number for all three"
@@ -120,7 +193,7 @@ def _head_dim(file: GgufFile, prefix: str, hidden: int, heads: int) -> int:
         raise ModelError(
             f"{file.path} has {head_dim} dimensions per head; rotary embeddings need an even number"
         )
-    return head_dim
+    return head_dim, rotary
 
 
 def _max_positions(context: int, rope: Mapping[str, Any]) -> int:

@@ -15,7 +15,7 @@ from cusprun.checkpoint.gguf_weights import PlannedWeight, plan_weights, read_we
 from cusprun.checkpoint.output import atomic_folder, refuse_existing, require_space
 from cusprun.checkpoint.writer import TORCH_NAMES, CheckpointWriter, Declared
 from cusprun.errors import ModelError, require_known
-from cusprun.families import shape_of
+from cusprun.families import Family, shape_of
 from cusprun.progress import SILENT, Progress
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -45,7 +45,7 @@ def import_gguf(file: Path, out: Path, *, dtype: str = "auto", progress: Progres
     family = gguf_family(source)
     config = build_config(source, family, dtype)
     plan, flags = plan_weights(source, family, shape_of(config, str(file)))
-    chosen = choose_dtype(plan) if dtype == "auto" else dtype
+    chosen = choose_dtype(plan, family) if dtype == "auto" else dtype
     tokenizer = read_tokenizer(source, config["vocab_size"])
     config |= {**flags, **tokenizer.config_ids(), "dtype": chosen}
     declared = [Declared(weight.name, TORCH_NAMES[DTYPES[chosen]], weight.shape) for weight in plan]
@@ -58,7 +58,7 @@ def import_gguf(file: Path, out: Path, *, dtype: str = "auto", progress: Progres
     return out
 
 
-def choose_dtype(plan: Sequence[PlannedWeight]) -> str:
+def choose_dtype(plan: Sequence[PlannedWeight], family: Family) -> str:
     """Return the type that ``auto`` means: the one most of the matrices are stored in, float16 if quantised.
 
     Quantised blocks are small integers times float16 scales, so float16 keeps 3 bits more of them than
@@ -78,11 +78,12 @@ def choose_dtype(plan: Sequence[PlannedWeight]) -> str:
     llama.cpp differs more than the first three because it rounds activations to 8 bits for quantised
     matrices; on its own float32 copy of the file it agrees with float32 to 7e-5. Activations reach 25,000 in
     this model, and float16 ends at 65,504: where a model overflows when it is computed in float16, import it
-    as bfloat16.
+    as bfloat16. Families that do so as a rule, such as Gemma 3, say it in their file and get bfloat16.
     """
     types = source_types(plan)
     most = max(types, key=lambda name: types[name])
-    return {"F32": "float32", "F64": "float32", "BF16": "bfloat16"}.get(most, "float16")
+    quantised = "bfloat16" if family.overflows_float16 else "float16"
+    return {"F32": "float32", "F64": "float32", "BF16": "bfloat16"}.get(most, quantised)
 
 
 def _write_weights(

@@ -25,12 +25,17 @@ _RECOMPUTED = (ROPE_FACTORS, "attn_rot_embd.weight")  # tables that stock models
 
 @dataclass(frozen=True)
 class PlannedWeight:
-    """One tensor to write: ``source`` is None for a bias of zeros; ``heads`` > 0 undoes the permutation."""
+    """One tensor to write.
+
+    ``source`` is None for a bias of zeros, ``heads`` > 0 undoes the permutation, and ``offset`` is taken off
+    every value.
+    """
 
     name: str
     shape: tuple[int, ...]
     source: GgufTensor | None
-    heads: int
+    heads: int = 0
+    offset: float = 0.0
 
 
 def plan_weights(file: GgufFile, family: Family, shape: Shape) -> tuple[list[PlannedWeight], dict[str, bool]]:
@@ -97,7 +102,8 @@ def _planned(
             )
     rotated = family.gguf_permutes_rope and any(part in spec.name for part in (".q_proj.", ".k_proj."))
     heads = {"heads": shape.num_attention_heads, "kv": shape.num_key_value_heads}.get(spec.axes[0], 0)
-    return PlannedWeight(spec.name, wanted, source, heads if rotated else 0)
+    offset = family.norm_offset if spec.is_norm else 0.0
+    return PlannedWeight(spec.name, wanted, source, heads if rotated else 0, offset)
 
 
 @cache
@@ -129,7 +135,7 @@ def read_weight(file: GgufFile, stream: BinaryIO, weight: PlannedWeight, dtype: 
     result = torch.empty(weight.shape, dtype=dtype)
     flat, position = result.view(-1), 0
     for piece in _pieces(file, stream, weight.source):
-        values = torch.from_numpy(piece)
+        values = torch.from_numpy(piece - weight.offset if weight.offset else piece)
         rounded = flat[position : position + len(values)].copy_(values)
         position += len(values)
         if not torch.isfinite(rounded).all():

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from cusprun.checkpoint.safetensors_header import TensorInfo, read_header
-from cusprun.errors import ModelError
+from cusprun.errors import ModelError, UnsupportedModelError
 from cusprun.families import Family, axis_length, family_of, shape_of
+from cusprun.families.features import foreign_tensor_reason
 from cusprun.records import Shape
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -55,7 +56,7 @@ def open_checkpoint(folder: Path) -> CheckpointIndex:
     Raises:
         ModelError: no such folder, no config, pickled weights only, a shard missing, a damaged header, or a
             tensor that is missing or has another shape than the config says.
-        UnsupportedModelError: a family that is not supported.
+        UnsupportedModelError: a family that is not supported, or a feature that cannot be pruned.
     """
     config = read_config(folder)
     family = family_of(config, str(folder))
@@ -85,6 +86,8 @@ def open_checkpoint(folder: Path) -> CheckpointIndex:
             if name.endswith("rotary_emb.inv_freq"):  # a buffer that old checkpoints saved; recomputed
                 del tensors[name]
                 continue
+            if reason := foreign_tensor_reason(name):
+                raise UnsupportedModelError(f"{folder}: the tensor {name} {reason}")
             raise ModelError(f"{folder}: the tensor {name} does not belong to the family {family.model_type}")
         wanted = tuple(axis_length(axis, shape) for axis in known[name].axes)
         if info.shape != wanted:

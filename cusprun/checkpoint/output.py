@@ -23,6 +23,10 @@ _WRITE_ERRORS = frozenset(
 )
 
 
+_PLACE_ERRORS = frozenset({errno.ENOENT, errno.EPERM, errno.EINVAL, errno.EOPNOTSUPP, errno.EIO})
+"""Where nothing can be made, as under /proc, when it is the output itself that they are about."""
+
+
 def _partial_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial-{os.getpid()}")
 
@@ -115,10 +119,12 @@ def _commit(partial: Path, path: Path) -> None:
 @contextmanager
 def _reported(path: Path) -> Iterator[None]:
     """Turn the disk's own errors into one sentence; only errors about writing, never about reading."""
+    places = {str(_partial_name(path)), *map(str, path.absolute().parents)}
     try:
         yield
     except OSError as error:
-        if error.errno in _WRITE_ERRORS:
+        at_output = error.errno in _PLACE_ERRORS and str(error.filename) in places
+        if error.errno in _WRITE_ERRORS or at_output:
             raise OutputError(
                 f"{path} cannot be written ({error.strerror}); nothing was left behind, "
                 "free some space or choose another place"

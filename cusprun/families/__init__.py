@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from typing import Any
 
 from cusprun.errors import ModelError, UnsupportedModelError
+from cusprun.families.features import unsupported_feature
 from cusprun.records import Shape
 
 if sys.version_info >= (3, 11):
@@ -22,7 +23,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
+SLIDING_WINDOWS = ("never", "always", "flagged", "by_layer")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,20 @@ class TensorSpec:
     axes: tuple[str, ...]
     optional: bool
 
+    @property
+    def is_norm(self) -> bool:
+        """Whether it is the weight of a norm, over the hidden size or over each head."""
+        return self.name.endswith("norm.weight")
+
+
+@dataclass(frozen=True)
+class GgufLayers:
+    """What GGUF leaves unsaid about blocks of two kinds; see ``gemma3_text.toml``."""
+
+    full_attention_every: int
+    sliding_rope_theta: float
+    wide_query_scale_blocks: int
+
 
 @dataclass(frozen=True)
 class Family:
@@ -60,6 +75,34 @@ class Family:
     layer_tensors: Mapping[str, tuple[str, ...]]
     optional_layer_tensors: Mapping[str, tuple[str, ...]]
     bias_flags: Mapping[str, tuple[str, ...]]
+    sliding_window: str
+    config_defaults: Mapping[str, Any] = field(default_factory=dict)
+    norm_offset: float = 0.0
+    activation_key: str = "hidden_act"
+    activation: str = "silu"
+    partial_rotary: bool = False
+    overflows_float16: bool = False
+    length_dependent_rope_types: tuple[str, ...] = ()
+    gguf_layers: GgufLayers | None = None
+
+    def setting(self, config: Mapping[str, Any], key: str) -> Any:
+        """Return a config's value, or the stock config's default when the config does not state it."""
+        return config.get(key, self.config_defaults.get(key))
+
+    def has_sliding_window(self, config: Mapping[str, Any]) -> bool:
+        """Tell whether some block sees only the last ``sliding_window`` tokens."""
+        if self.sliding_window == "never" or not self.setting(config, "sliding_window"):
+            return False
+        if self.sliding_window == "always":
+            return True
+        kinds = config.get("layer_types")
+        if self.sliding_window == "flagged":
+            if not config.get("use_sliding_window"):
+                return False
+            if not kinds:
+                first = config.get("max_window_layers")
+                return not isinstance(first, int) or first < int(config.get("num_hidden_layers") or 0)
+        return not kinds or "sliding_attention" in kinds
 
     def layer_specs(self, layer: int) -> Iterator[TensorSpec]:
         """Yield the tensors of decoder block ``layer``."""
@@ -104,22 +147,32 @@ def _parse(data: dict[str, Any]) -> Family:
         key: {name: tuple(axes) for name, axes in data.pop(key).items()}
         for key in ("tensors", "optional_tensors", "layer_tensors", "optional_layer_tensors", "bias_flags")
     }
-    return Family(modules=Modules(**data.pop("modules")), **tables, **data)
+    layers = data.pop("gguf_layers", None)
+    family = Family(
+        modules=Modules(**data.pop("modules")),
+        gguf_layers=GgufLayers(**layers) if layers else None,
+        length_dependent_rope_types=tuple(data.pop("length_dependent_rope_types", ())),
+        **tables,
+        **data,
+    )
+    assert family.sliding_window in SLIDING_WINDOWS, family.sliding_window
+    return family
 
 
 def family_of(config: Mapping[str, Any], where: str) -> Family:
     """Return the family of a Hugging Face config.
 
     Raises:
-        UnsupportedModelError: the family is unknown, or the model is a mixture of experts.
+        UnsupportedModelError: the family is unknown, or the model has a feature that cannot be pruned.
     """
     known = ", ".join(sorted(families()))
     model_type = str(config.get("model_type", ""))
-    experts = [key for key in _EXPERT_KEYS if isinstance(config.get(key), int) and config[key] > 1]
-    if experts:
+    rope_types = families()[model_type].length_dependent_rope_types if model_type in families() else ()
+    reason = unsupported_feature(config, rope_types)
+    if reason:
         raise UnsupportedModelError(
-            f"{where} is a mixture of experts ({model_type!r}, {experts[0]} = {config[experts[0]]}), "
-            f"which cannot be pruned; use a dense model of one of: {known}"
+            f"{where} ({model_type or 'unknown family'!r}) {reason}; "
+            f"use a dense text decoder of one of: {known}"
         )
     if model_type not in families():
         raise UnsupportedModelError(
@@ -136,14 +189,18 @@ def shape_of(config: Mapping[str, Any], where: str) -> Shape:
         ModelError: a width is missing or is not a positive integer.
     """
 
+    family = families().get(str(config.get("model_type")))
+    defaults = family.config_defaults if family else {}
+
     def width(key: str, default: int | None = None) -> int:
-        value = config.get(key)
+        value = config.get(key, defaults.get(key))
         value = default if value is None else value
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             raise ModelError(f"{where}: {key} must be a positive integer, not {value!r}; mend the config")
         return value
 
     heads, hidden = width("num_attention_heads"), width("hidden_size")
+    tied = config.get("tie_word_embeddings", defaults.get("tie_word_embeddings", False))
     shape = Shape(
         num_hidden_layers=width("num_hidden_layers"),
         hidden_size=hidden,
@@ -152,7 +209,7 @@ def shape_of(config: Mapping[str, Any], where: str) -> Shape:
         num_key_value_heads=width("num_key_value_heads", heads),
         head_dim=width("head_dim", hidden // heads),
         vocab_size=width("vocab_size"),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tie_word_embeddings=bool(tied),
     )
     if shape.num_attention_heads % shape.num_key_value_heads:
         raise ModelError(

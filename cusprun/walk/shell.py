@@ -111,12 +111,27 @@ def _empty_decoder(index: CheckpointIndex) -> Any:
             model = _model_class().from_config(
                 config, attn_implementation="sdpa", dtype=torch.float32, trust_remote_code=False
             )
+        _fill_buffers(model)
         decoder = model.get_submodule(index.family.modules.decoder)
-        # Rotary tables are buffers that no checkpoint stores: made again with storage.
-        decoder.rotary_emb = type(decoder.rotary_emb)(config=decoder.config)
     except Exception as error:  # tables of activations and of rotary kinds, sizes: many types
         raise _refused(index, error) from None
     return decoder
+
+
+def _fill_buffers(model: Any) -> None:
+    """Give storage and values to what no checkpoint stores: rotary tables, the scale of an embedding.
+
+    Stock models compute these in ``_init_weights``, since they too are built without storage when loaded.
+    """
+    for module in model.modules():
+        empty = [(name, buffer) for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        for name, buffer in empty:
+            module._buffers[name] = torch.full_like(buffer, torch.nan, device="cpu")
+        if empty:
+            model._init_weights(module)
+        for name, _ in empty:
+            if module.get_buffer(name).isnan().any():
+                raise NotImplementedError(f"{type(module).__name__} leaves its {name} empty")
 
 
 def load_config(index: CheckpointIndex) -> Any:

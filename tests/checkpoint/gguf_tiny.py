@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, models, trainers
 from tokenizers import pre_tokenizers as pre
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 TEXT = [
     "The quick brown fox jumps over the lazy dog, 12 times in 345 days.",
@@ -37,6 +37,9 @@ ATOMS = [
 ]  # fmt: skip
 ROPE_ORDER_SUFFIXES = ("attn_q.weight", "attn_k.weight", "attn_q.bias", "attn_k.bias")
 
+ARCHITECTURES = {"gemma3_text": "gemma3", "mistral": "llama"}
+"""What llama.cpp calls the graph of a family, where that is not the family's own name."""
+
 LAYER_NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -47,7 +50,28 @@ LAYER_NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "self_attn.qkv_proj": "attn_qkv",
+    "mlp.gate_up_proj": "ffn_up",
 }
+GEMMA_NORMS = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+OF_FAMILY: dict[str, dict[str, Any]] = {
+    "qwen3": {"head_dim": 16},
+    "phi3": {"pad_token_id": None},
+    "gemma3_text": {
+        "head_dim": 32, "query_pre_attn_scalar": 32, "num_key_value_heads": 1, "num_hidden_layers": 6,
+        "sliding_window": 16, "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    },
+}  # fmt: skip
+"""What the tiny models of some families have besides the common sizes."""
 
 
 def strings(count: int, seed: int = 0) -> list[str]:
@@ -67,8 +91,9 @@ def strings(count: int, seed: int = 0) -> list[str]:
     return found
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, family: str) -> str:
     """Return the GGUF name of a Hugging Face tensor."""
+    names = LAYER_NAMES | (GEMMA_NORMS if family == "gemma3_text" else {})
     top = {
         "model.embed_tokens.weight": "token_embd.weight",
         "model.norm.weight": "output_norm.weight",
@@ -78,7 +103,7 @@ def gguf_name(name: str) -> str:
         return top[name]
     _, _, layer, rest = name.split(".", 3)
     module, kind = rest.rsplit(".", 1)
-    return f"blk.{layer}.{LAYER_NAMES[module]}.{kind}"
+    return f"blk.{layer}.{names[module]}.{kind}"
 
 
 def pair_rows(matrix: np.ndarray, heads: int) -> np.ndarray:
@@ -92,11 +117,7 @@ def pair_rows(matrix: np.ndarray, heads: int) -> np.ndarray:
 
 
 def tiny_model(family: str, tied: bool, vocab_size: int, **config: Any) -> Any:
-    """Return a seeded two-block model; every parameter random, also the norms and biases."""
-    config_class, model_class = {
-        "llama": (LlamaConfig, LlamaForCausalLM),
-        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    }[family]
+    """Return a seeded model of few blocks; every parameter random, also the norms and biases."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {
         "vocab_size": vocab_size, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -104,10 +125,11 @@ def tiny_model(family: str, tied: bool, vocab_size: int, **config: Any) -> Any:
         "rms_norm_eps": 1e-5,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "tie_word_embeddings": tied,
     }  # fmt: skip
-    model = model_class(config_class(**(sizes | config))).eval()
+    made = AutoConfig.for_model(family, **(sizes | OF_FAMILY.get(family, {}) | config))
+    model = AutoModelForCausalLM.from_config(made, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            centre = 1.0 if "norm" in name else 0.0
+            centre = 1.0 if "norm" in name and family != "gemma3_text" else 0.0
             parameter.copy_(centre + 0.15 * torch.randn(parameter.shape))
     return model
 
@@ -179,7 +201,7 @@ def write_gguf(
 ) -> Path:
     """Write a stock model as GGUF, matrices in type ``kind``; ``metadata`` adds or replaces keys by type."""
     config = model.config
-    family = config.model_type
+    family = ARCHITECTURES.get(config.model_type, config.model_type)
     writer = gguf.GGUFWriter(path, family)
     replaced = metadata or {}
     numbers = {
@@ -191,20 +213,36 @@ def write_gguf(
         "attention.head_count_kv": config.num_key_value_heads,
     }
     values: dict[str, Any] = {f"{family}.{key}": value for key, value in numbers.items()}
-    values[f"{family}.rope.freq_base"] = float(config.rope_parameters["rope_theta"])
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    values[f"{family}.rope.freq_base"] = float(rope["rope_theta"])
+    if config.model_type in ("qwen3", "gemma3_text"):
+        values[f"{family}.attention.key_length"] = values[f"{family}.attention.value_length"] = (
+            config.head_dim
+        )
+    if config.model_type == "gemma3_text":
+        values["gemma3.attention.sliding_window"] = config.sliding_window
+    if config.model_type == "phi3":
+        dimensions = config.hidden_size // config.num_attention_heads
+        share = config.rope_parameters["partial_rotary_factor"]
+        values["phi3.rope.dimension_count"] = int(dimensions * share)
+        values["phi3.rope.scaling.original_context_length"] = config.max_position_embeddings
     values[f"{family}.attention.layer_norm_rms_epsilon"] = float(config.rms_norm_eps)
     for key, value in (values | replaced).items():
         if isinstance(value, str):
             writer.add_string(key, value)
         elif isinstance(value, float):
             writer.add_float32(key, value)
+        elif isinstance(value, list):
+            writer.add_array(key, value)
         elif value is not None:
             writer.add_uint32(key, value)
     add_tokenizer(writer, parts, pre_name, **flags)
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        array, target = tensor.float().numpy(), gguf_name(name)
+        array, target = tensor.float().numpy(), gguf_name(name, config.model_type)
+        if config.model_type == "gemma3_text" and "norm" in name:
+            array = array + 1
         if family == "llama" and target.endswith(ROPE_ORDER_SUFFIXES):
             heads = config.num_attention_heads if "attn_q" in target else config.num_key_value_heads
             array = pair_rows(array, heads)

@@ -117,7 +117,7 @@ def test_a_broken_folder_is_refused_in_one_sentence(case: str, folder: Path) -> 
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"model_type": "mamba"}, r"'mamba'.*supported.*llama, qwen2"),
+        ({"model_type": "mamba"}, r"'mamba'.*supported.*llama, mistral"),
         ({"model_type": None}, "supported"),
         ({"model_type": "mixtral", "num_local_experts": 8}, "mixture of experts"),
         ({"num_experts": 4}, "mixture of experts"),

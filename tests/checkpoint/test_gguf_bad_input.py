@@ -161,7 +161,9 @@ def test_no_space(tmp_path: Path, sound: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("metadata", "kind", "words"),
     [
-        ({"general.architecture": "gemma3"}, UnsupportedModelError, "'gemma3', which is not supported"),
+        ({"general.architecture": "gemma2"}, UnsupportedModelError, "'gemma2', which is not supported"),
+        ({"llama.final_logit_softcapping": 30.0}, UnsupportedModelError, "caps its logits"),
+        ({"llama.attn_logit_softcapping": 50.0}, UnsupportedModelError, "caps its logits"),
         ({"llama.expert_count": 8}, UnsupportedModelError, "mixture of 8 experts"),
         ({"general.type": "adapter"}, UnsupportedModelError, "'adapter'"),
         ({"split.count": 4}, UnsupportedModelError, "one of 4 parts"),
@@ -196,6 +198,24 @@ def test_unknown_pre_tokenizer_and_tensor(tmp_path: Path) -> None:
     refused(rewritten(tmp_path, pre_name="qwen3-bpe"), UnsupportedModelError, "qwen3-bpe")
     extra = {"blk.0.attn_q_norm.weight": np.ones(16, np.float32)}
     refused(rewritten(tmp_path, extra=extra), UnsupportedModelError, "blk.0.attn_q_norm.weight")
+
+
+def test_rotary_tables_that_switch_with_the_length(tmp_path: Path) -> None:
+    extra = {f"rope_factors_{name}.weight": np.ones(8, np.float32) for name in ("long", "short")}
+    refused(rewritten(tmp_path, extra=extra), UnsupportedModelError, "longrope")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [
+        ({"gemma3.attention.sliding_window_pattern": [True, False]}, "2 entries for 6 blocks"),
+        ({"gemma3.attention.sliding_window_pattern": "every"}, "sliding_window_pattern"),
+        ({"gemma3.rope.freq_base_swa": 0.5}, "freq_base_swa"),
+    ],
+)
+def test_blocks_of_two_kinds(tmp_path: Path, metadata: dict[str, Any], words: str) -> None:
+    model = tiny_model("gemma3_text", True, len(PARTS["tokens"]))
+    refused(write_gguf(tmp_path / "m.gguf", model, PARTS, metadata=metadata), ModelError, words)
 
 
 def test_unknown_dtype(tmp_path: Path, sound: Path) -> None:

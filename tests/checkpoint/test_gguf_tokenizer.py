@@ -136,3 +136,18 @@ def test_any_assigned_text(pair: tuple[Any, Any], text: str) -> None:
         return
     theirs, ours = pair
     assert ours(text)["input_ids"] == theirs.tokenize(text.encode(), add_bos=True, special=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "parts", "options"),
+    [
+        ("qwen3", byte_level_parts(600), {"pre_name": "qwen2"}),
+        ("phi3", sentencepiece_parts(), {"pre_name": "default"}),
+        ("gemma3_text", sentencepiece_parts(), {"pre_name": "default", "add_space_prefix": False}),
+    ],
+)
+def test_stock_code_uses_the_tokenizer_of_the_folder_in_every_family(
+    tmp_path: Path, family: str, parts: dict[str, Any], options: dict[str, Any]
+) -> None:
+    path, folder = build(tmp_path, parts, family=family, **options)
+    assert list(differences(path, folder, strings(300))) == []

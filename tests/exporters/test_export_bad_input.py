@@ -95,17 +95,41 @@ def test_tokenizer_larger_than_the_embedding(folder: Path) -> None:
     ("changes", "match"),
     [
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
-        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "longrope"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "factor"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary"),
         ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"hidden_act": "gelu"}, "gelu"),
-        ({"use_sliding_window": True, "sliding_window": 8, "layer_types": ["sliding_attention"]}, "window"),
     ],
 )
 def test_settings_that_llama_cpp_lacks(folder: Path, changes: dict[str, Any], match: str) -> None:
     rewrite_config(folder, **changes)
     refused(folder, ExportError, match)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config", "match"),
+    [
+        ("mistral", {"sliding_window": 8}, r"sliding_window = 8\).*it to null"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, "use_sliding"),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "use_sliding"),
+        ("qwen3", {"attention_bias": True}, "without attention biases"),
+        ("gemma3_text", {}, "family gemma3_text cannot be written.*supported: llama, mistral"),
+        ("phi3", {}, "family phi3 cannot be written"),
+    ],
+)
+def test_families_and_their_features_that_cannot_be_written(
+    tmp_path: Path, model_type: str, config: dict[str, Any], match: str
+) -> None:
+    folder = make_folder(tmp_path / "tiny", TinyConfig(model_type, config))
+    with pytest.raises(ExportError, match=match):
+        check(open_checkpoint(folder), "f16")
+    refused(folder, ExportError, match)
+
+
+def test_a_window_that_mistral_does_not_state_is_the_stock_one(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "tiny", TinyConfig("mistral"))
+    rewrite_config(folder, sliding_window=None)  # removes the key
+    refused(folder, ExportError, "sliding_window = 4096")
 
 
 def test_old_rope_layout_means_the_same(folder: Path) -> None:

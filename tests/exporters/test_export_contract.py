@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cusprun.checkpoint.index import open_checkpoint
 from exporters.gguf import check, export_gguf
+from exporters.gguf_tensors import FAMILIES as WRITABLE
 from exporters.parity import compare
 from exporters.parity_records import limits_for
 from exporters.parity_text import probe_texts
@@ -47,8 +48,20 @@ FAMILIES = {
     "qwen2": TinyConfig("qwen2", tokenizer=QWEN2),
     "qwen2 tied": TinyConfig("qwen2", {"tie_word_embeddings": True}, QWEN2),
     "qwen2 head_dim stated": TinyConfig("qwen2", {"head_dim": 24, "num_attention_heads": 6}, QWEN2),
+    "mistral": TinyConfig("mistral", {"sliding_window": None}),
+    "mistral odd heads": TinyConfig(
+        "mistral", {"sliding_window": None, "num_attention_heads": 6, "head_dim": 12}
+    ),
+    "qwen3": TinyConfig("qwen3", {"head_dim": 16}, QWEN2),
+    "qwen3 odd heads": TinyConfig(
+        "qwen3", {"head_dim": 32, "num_attention_heads": 6, "tie_word_embeddings": True}, QWEN2
+    ),
 }
 """Configs that the contract runs for; a further family adds its own here."""
+
+
+def test_every_family_that_can_be_written_keeps_the_contract() -> None:
+    assert {tiny.model_type for tiny in FAMILIES.values()} == WRITABLE.keys()
 
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda name: name.replace(" ", "-"))
