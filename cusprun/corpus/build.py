@@ -20,7 +20,8 @@ def build_corpora(expert: Expert, model_dir: Path, progress: Progress = SILENT) 
     """Read, split and tokenise the documents of an expert for the model in ``model_dir``.
 
     Raises:
-        CorpusError: a source cannot be read, or a dimension is left without calibration documents.
+        CorpusError: a source cannot be read, or a dimension is left without calibration documents or has
+            several that are all one text.
         MissingDependencyError: a source needs a library that is not installed.
         ModelError: the model's tokenizer cannot be loaded.
     """
@@ -31,6 +32,7 @@ def build_corpora(expert: Expert, model_dir: Path, progress: Progress = SILENT) 
     tokenizer = load_tokenizer(model_dir)
     tokens = tokenize([*calibration, *held_out, *general], tokenizer, expert.max_tokens, progress)
     _require_calibration(expert, documents, calibration, tokens)
+    _require_different(expert, documents, tokens)
     apart = {text_hash(document) for document in held_out}
     seen = [item for item in tokens if item.dimension != _GENERAL and item.text_hash not in apart]
     # Two texts that differ only beyond max_tokens are one to the model, and must not be on both sides.
@@ -86,6 +88,26 @@ def _require_calibration(
             f"{len(chosen)} of them for calibration and 0 of these of two tokens or more; "
             "add documents"
         )
+
+
+def _require_different(
+    expert: Expert, documents: Sequence[Document], tokens: Sequence[TokenizedDocument]
+) -> None:
+    """Raise ``CorpusError`` when a dimension has several documents that are all one text to the model."""
+    usable = {(item.dimension, item.text_hash) for item in tokens}
+    for dimension in expert.dimensions:
+        number = sum(
+            (dimension, text_hash(document)) in usable
+            for document in documents
+            if document.dimension == dimension
+        )
+        distinct = {item.token_ids for item in tokens if item.dimension == dimension}
+        if number > 1 and len(distinct) == 1:
+            raise CorpusError(
+                f"all {number} documents of the {dimension} corpus of {expert.name!r} are the same text in "
+                f"their first {expert.max_tokens} tokens, which says nothing about what the expert needs; "
+                "add other documents"
+            )
 
 
 def corpus_hash(corpora: Corpora) -> str:

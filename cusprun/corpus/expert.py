@@ -10,7 +10,7 @@ from cusprun.corpus.templates import ROLES, Parts, parse_template, require_field
 from cusprun.corpus.yaml_tree import Check, Section, Value, read_yaml
 from cusprun.errors import nearest
 from cusprun.paths import expand_home
-from cusprun.records import DIMENSIONS, Expert, Source
+from cusprun.records import DIMENSIONS, Augment, Expert, Source
 
 _PACK_PREFIX = "pack:"
 _KINDS = ("path", "dataset", "pack")
@@ -20,6 +20,9 @@ _BELONGS_TO: dict[str, tuple[str, ...]] = {
     "template": ("path", "dataset"),
 }
 """The options that only some kinds of source have."""
+
+_MOST_DOCUMENTS = 100_000
+"""Generated documents: more take days on any machine that this runs on."""
 
 
 def load_expert(path: Path) -> Expert:
@@ -47,6 +50,7 @@ def load_expert(path: Path) -> Expert:
         held_out=root.take("held_out", float, defaults.held_out, _share),
         max_tokens=root.take("max_tokens", int, defaults.max_tokens, _at_least(2)),
         seed=root.take("seed", int, defaults.seed, _at_least(0)),
+        augment=_augment(root),
     )
     root.finish()
     return expert
@@ -62,6 +66,25 @@ def _share(value: float) -> str:
 
 def _at_least(least: int) -> Check:
     return lambda value: "" if value >= least else f"must be at least {least}, not {value}"
+
+
+def _between(least: float, most: float) -> Check:
+    return lambda value: (
+        "" if least <= value <= most else f"must be at least {least:,} and at most {most:,}, not {value:g}"
+    )
+
+
+def _augment(root: Section) -> Augment | None:
+    section = root.section("augment")
+    if section is None:
+        return None
+    defaults = Augment(documents=1)
+    return Augment(
+        documents=section.require("documents", int, 1, _between(1, _MOST_DOCUMENTS)),
+        temperature=section.take("temperature", float, defaults.temperature, _between(0, 2)),
+        max_new_tokens=section.take("max_new_tokens", int, defaults.max_new_tokens, _at_least(1)),
+        prompt_tokens=section.take("prompt_tokens", int, defaults.prompt_tokens, _at_least(1)),
+    )
 
 
 def _sources(section: Section, folder: Path) -> tuple[Source, ...]:

@@ -15,6 +15,7 @@ Until ``finish`` has returned, a taken value may be the default that stands in f
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,10 +37,17 @@ _KIND_NAMES: dict[type, str] = {
 }
 
 
+_POWER_OF_TEN = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")
+"""Numbers like 1e-9, which YAML 1.1 reads as text unless they have both a point and a sign."""
+
+
 @dataclass(frozen=True)
 class _Scalar:
+    """``plain`` tells that it is not in quotes."""
+
     line: int
     value: Any
+    plain: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,8 +121,10 @@ class Value:
         if self._unreadable:
             return default
         value = self._node.value if isinstance(self._node, _Scalar) else None
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1000:
             value = float(value)
+        if kind is float and self._is_power_of_ten:
+            value = float(str(value))
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             quotes = "; put it in quotes" if kind is str and value is not None else ""
             self.fault(f"{self.name!r} must be {_KIND_NAMES[kind]}, not {self._described()}{quotes}")
@@ -140,6 +150,11 @@ class Value:
         return Section(self._node, self.name, self._reading)
 
     @property
+    def _is_power_of_ten(self) -> bool:
+        node = self._node
+        return isinstance(node, _Scalar) and node.plain and bool(_POWER_OF_TEN.fullmatch(str(node.value)))
+
+    @property
     def _unreadable(self) -> bool:
         return isinstance(self._node, _Scalar) and self._node.value is _UNREADABLE
 
@@ -149,7 +164,7 @@ class Value:
 
     def _described(self) -> str:
         if isinstance(self._node, _Scalar):
-            return "nothing" if self._node.value is None else repr(self._node.value)
+            return "nothing" if self._node.value is None else f"{self._node.value!r:.60}"
         return "a list" if isinstance(self._node, _List) else "a mapping"
 
 
@@ -297,7 +312,7 @@ def _convert(node: Any, reading: _Reading, seen: dict[int, _Node | None]) -> _No
     seen[id(node)] = None
     result: _Node
     if isinstance(node, yaml.ScalarNode):
-        result = _Scalar(line, _scalar(node, line, reading))
+        result = _Scalar(line, _scalar(node, line, reading), plain=node.style is None)
     if isinstance(node, yaml.SequenceNode):
         result = _List(line, tuple(_convert(item, reading, seen) for item in node.value))
     if isinstance(node, yaml.MappingNode):

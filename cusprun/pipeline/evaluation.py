@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cusprun.errors import CorpusError, ModelError, UserError
+from cusprun.errors import CorpusError, ModelError, UserError, require_kind
 from cusprun.progress import SILENT, Progress
 from cusprun.records import Corpora, Expert, TokenizedDocument
 from cusprun.resolve import StrPath
@@ -16,23 +17,35 @@ from cusprun.version import __version__
 if TYPE_CHECKING:
     from cusprun.pipeline.stages import OpenModel
     from cusprun.quality.likelihood import DocumentLikelihood
-    from cusprun.quality.report import EvalReport
+    from cusprun.quality.report import EvalReport, ModelQuality
+    from cusprun.quality.tasks import Task
 
 HELD_OUT, GENERAL = "held_out", "general"
 
 
 def evaluate(
-    models: StrPath | Sequence[StrPath], expert: StrPath | Expert, *, progress: Progress = SILENT
+    models: StrPath | Sequence[StrPath],
+    expert: StrPath | Expert,
+    tasks: StrPath | None = None,
+    *,
+    batch_size: int | None = None,
+    progress: Progress = SILENT,
 ) -> EvalReport:
-    """Measure perplexity on an expert's held-out documents and on its general text, in float32.
+    """Measure perplexity on an expert's held-out documents and on its general text, in float32; and tasks.
 
     With several models, the first is the reference: the others also get the ratio of perplexities, the mean
     KL divergence and the top-1 agreement. All have bootstrap 95 % intervals over documents.
 
+    ``tasks`` is a file of tasks, as told at :func:`cusprun.quality.tasks.load_tasks`, that lm-eval runs on
+    each model in the type of its weights, ``batch_size`` prompts at a time (8); the others also get the
+    difference of their scores and the reference's.
+
     Raises:
-        ConfigError: the expert file has faults.
+        ConfigError: the expert file or the tasks file has faults.
         CorpusError: documents are missing, or none is held out.
+        MissingDependencyError: there are tasks, and lm-eval is not installed.
         ModelError: a model is missing or damaged, or reads the documents as other tokens than the first.
+        UserError: a task does not fit a model's context, or there is a batch size and no task.
     """
     from cusprun.corpus import build_corpora
     from cusprun.pipeline.stages import as_expert, open_model
@@ -40,8 +53,11 @@ def evaluate(
     names = [models] if not isinstance(models, Sequence) or isinstance(models, str) else list(models)
     if not names:
         raise UserError("no model was given; name at least one")
+    _check_batch_size(batch_size, tasks)
     chosen = as_expert(expert)
+    wanted = () if tasks is None else _ready_tasks(Path(tasks))
     opened = [open_model(name, progress) for name in names]
+    _require_room(opened, wanted)
     corpora = build_corpora(chosen, opened[0].index.folder, progress)
     sets = measured_sets(corpora, chosen)
     for other in opened[1:]:
@@ -50,7 +66,71 @@ def evaluate(
                 f"{other.source} reads the documents as other tokens than {opened[0].source}, so their "
                 "perplexities cannot be compared; evaluate them one by one"
             )
-    return measure(opened, chosen, sets, progress)
+    report = measure(opened, chosen, sets, progress)
+    return measure_tasks(report, opened, wanted, batch_size, progress) if wanted else report
+
+
+def _check_batch_size(batch_size: int | None, tasks: StrPath | None) -> None:
+    if batch_size is None:
+        return
+    require_kind(batch_size, int, "the batch size")
+    if batch_size < 1:
+        raise UserError(f"the batch size must be at least 1, not {batch_size}")
+    if tasks is None:
+        raise UserError("the batch size is that of tasks, and none were given; name tasks, or leave it out")
+
+
+def _ready_tasks(path: Path) -> tuple[Task, ...]:
+    from cusprun.quality.task_run import require_lm_eval
+    from cusprun.quality.tasks import load_tasks
+
+    require_lm_eval()
+    return load_tasks(path)
+
+
+def _require_room(opened: Sequence[OpenModel], tasks: Sequence[Task]) -> None:
+    from cusprun.quality.task_run import require_room
+
+    for model in opened if tasks else ():
+        require_room(model.index.folder, context_length(model), tasks)
+
+
+def context_length(model: OpenModel) -> int | None:
+    """Return how many tokens a model reads at most, where its config says so."""
+    value = model.index.config.get("max_position_embeddings")
+    return value if isinstance(value, int) else None
+
+
+def measure_tasks(
+    report: EvalReport,
+    opened: Sequence[OpenModel],
+    tasks: Sequence[Task],
+    batch_size: int | None = None,
+    progress: Progress = SILENT,
+) -> EvalReport:
+    """Return a report of open models with their scores on tasks; the first is the reference."""
+    from cusprun.quality.report import task_quality
+    from cusprun.quality.task_run import DEFAULT_BATCH_SIZE, score_tasks
+
+    rows: list[ModelQuality] = []
+    reference: Mapping[str, Sequence[float]] = {}
+    for model, row in zip(opened, report.models, strict=True):
+        scores = score_tasks(
+            model.index.folder,
+            context_length(model),
+            tasks,
+            batch_size=batch_size or DEFAULT_BATCH_SIZE,
+            progress=progress,
+        )
+        qualities = tuple(
+            task_quality(
+                task.spec.name, task.spec.metric, scores[task.spec.name], reference.get(task.spec.name)
+            )
+            for task in tasks
+        )
+        rows.append(replace(row, tasks=qualities))
+        reference = reference or scores
+    return replace(report, models=tuple(rows))
 
 
 def measured_sets(corpora: Corpora, expert: Expert) -> dict[str, tuple[TokenizedDocument, ...]]:

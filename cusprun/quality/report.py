@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -45,13 +45,28 @@ class CorpusQuality:
 
 
 @dataclass(frozen=True)
+class TaskQuality:
+    """One model on one task: ``score`` is the mean of ``metric`` over its documents, from 0 to 1.
+
+    ``difference`` is this model's score minus the reference's on the same documents; None for the reference.
+    """
+
+    name: str
+    metric: str
+    documents: int
+    score: Estimate
+    difference: Estimate | None = None
+
+
+@dataclass(frozen=True)
 class ModelQuality:
-    """One model on every set of documents: ``held_out`` (the expert's own) and ``general``."""
+    """One model on every set of documents, ``held_out`` (the expert's own) and ``general``, and on tasks."""
 
     model: str
     model_hash: str
     num_parameters: int
     corpora: Mapping[str, CorpusQuality]
+    tasks: tuple[TaskQuality, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,6 +113,22 @@ def corpus_quality(
         mean_kl_divergence=_estimate(mean_per_token(_column(likelihoods, "kl_divergence"), tokens, draws)),
         top1_agreement=_estimate(mean_per_token(_column(likelihoods, "top1_agreements"), tokens, draws)),
     )
+
+
+def task_quality(
+    name: str, metric: str, scores: Sequence[float], reference: Sequence[float] | None = None, seed: int = 0
+) -> TaskQuality:
+    """Reduce a model's scores on the documents of a task; ``reference`` holds those of the first model.
+
+    The intervals are as those of :func:`corpus_quality`; the difference is paired.
+    """
+    draws = resampled(len(scores), seed)
+    own = np.array(scores, dtype=np.float64)
+    row = TaskQuality(name, metric, len(scores), _estimate(own[draws].mean(axis=1)))
+    if reference is None:
+        return row
+    apart = own - np.array(reference, dtype=np.float64)
+    return replace(row, difference=_estimate(apart[draws].mean(axis=1)))
 
 
 def resampled(count: int, seed: int, resamples: int = RESAMPLES) -> NDArray[np.int64]:

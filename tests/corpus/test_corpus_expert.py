@@ -10,7 +10,7 @@ from cusprun.codec import from_plain, to_plain
 from cusprun.corpus.expert import load_expert
 from cusprun.corpus.yaml_tree import read_yaml
 from cusprun.errors import ConfigError
-from cusprun.records import Expert, Source
+from cusprun.records import Augment, Expert, Source
 
 
 def write(folder: Path, text: str) -> Path:
@@ -67,6 +67,46 @@ def test_everything_is_read(tmp_path: Path) -> None:
 def test_one_dimension_and_defaults_are_enough(tmp_path: Path) -> None:
     expert = load_expert(write(tmp_path, "name: Küche\ntask: {sources: [pack:task/summarise-de]}\n"))
     assert expert == Expert("Küche", {"task": (Source(pack="task/summarise-de"),)})
+
+
+def test_augmenting_needs_only_a_number(tmp_path: Path) -> None:
+    few = "task: {sources: [pack:task/summarise-de]}\naugment: {documents: 30}\n"
+    expert = load_expert(write(tmp_path, few))
+    assert expert.augment == Augment(30, temperature=0.8, max_new_tokens=256, prompt_tokens=32)
+    all_keys = few.replace("30", "30, temperature: 0, max_new_tokens: 9, prompt_tokens: 5")
+    expert = load_expert(write(tmp_path, all_keys))
+    assert expert.augment == Augment(30, 0.0, 9, 5)
+    for text in ("1e-9", "1E-9", "1.e-9", ".1e-8", "+1e-9"):
+        expert = load_expert(write(tmp_path, few.replace("30", f"30, temperature: {text}")))
+        assert expert.augment == Augment(30, 1e-9)
+    named = load_expert(write(tmp_path, "name: 1e-9\n" + few))
+    assert named.name == "1e-9"
+    assert from_plain(Expert, to_plain(expert)) == expert
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("{}", "'documents' is missing in 'augment'"),
+        ("30", "'augment' must be a mapping"),
+        ("{documents: 0}", "'documents' must be at least 1 and at most 100,000, not 0"),
+        ("{documents: 1.5}", "'documents' must be a whole number"),
+        ("{document: 3}", "unknown key 'document'; did you mean 'documents'?"),
+        ("{documents: 3, temprature: 1}", "unknown key 'temprature'; did you mean 'temperature'?"),
+        ("{documents: 3, temperature: -1}", "'temperature' must be at least 0 and at most 2, not -1"),
+        ("{documents: 3, temperature: 1e1}", "'temperature' must be at least 0 and at most 2, not 10"),
+        ("{documents: 3, temperature: '1e-9'}", "'temperature' must be a number, not '1e-9'"),
+        (f"{{documents: 3, temperature: 1{'0' * 400}}}", "'temperature' must be a number, not 100"),
+        ("{documents: 1e3}", "'documents' must be a whole number"),
+        ("{documents: 3, temperature: .nan}", "'temperature' must be at least 0"),
+        ("{documents: 3, max_new_tokens: 0}", "'max_new_tokens' must be at least 1, not 0"),
+        ("{documents: 3, prompt_tokens: 0}", "'prompt_tokens' must be at least 1, not 0"),
+    ],
+)
+def test_faults_of_augmenting(tmp_path: Path, text: str, part: str) -> None:
+    (fault,) = faults(write(tmp_path, f"task: {{sources: [pack:lang/en]}}\naugment: {text}\n"))
+    assert fault.startswith("EXPERT.yaml:2: ")
+    assert part in fault
 
 
 def test_all_faults_come_at_once_with_their_lines(tmp_path: Path) -> None:

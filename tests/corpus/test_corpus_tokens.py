@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from cusprun.corpus import build_corpora, corpus_hash, load_expert, load_tokenizer, tokenize
-from cusprun.corpus.split import text_hash
+from cusprun.corpus.split import split, text_hash
 from cusprun.errors import CorpusError, ModelError
 from cusprun.progress import Advance
 from cusprun.records import Corpora, Document, Expert, Message, Source
@@ -162,11 +163,40 @@ def test_from_yaml_to_corpora(tmp_path: Path, model_dir: Path, monkeypatch: pyte
 
 def test_texts_that_differ_only_beyond_the_cut_are_one(tmp_path: Path, model_dir: Path) -> None:
     rows = [{"text": "same beginning " * 3 + str(i)} for i in range(30)]
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     source = Source(path=str(tmp_path / "a.jsonl"))
-    corpora = build_corpora(Expert("x", {"task": (source,)}, max_tokens=20), model_dir)
-    assert corpora.calibration
-    assert not corpora.held_out
+    expert = Expert("x", {"task": (source,)}, max_tokens=20)
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    with pytest.raises(CorpusError, match="all 30 documents of the task corpus of 'x' are the same text in"):
+        build_corpora(expert, model_dir)
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"text": "other"}])), "utf-8")
+    corpora = build_corpora(expert, model_dir)
+    assert len({item.token_ids for item in corpora.calibration}) in (1, 2)
+    assert not {item.token_ids for item in corpora.held_out} & {
+        item.token_ids for item in corpora.calibration
+    }
+
+
+@pytest.mark.parametrize("other", ["one text", " one\u00a0text\n"])
+def test_several_documents_that_are_one_text_are_refused(tmp_path: Path, model_dir: Path, other: str) -> None:
+    rows = [{"text": "one text"}, {"text": other}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text('{"text": "first"}\n{"text": "second"}\n', encoding="utf-8")
+    same, different = (Source(path=str(tmp_path / f"{name}.jsonl")) for name in "ab")
+    with pytest.raises(CorpusError, match="all 2 documents of the task corpus of 'x' are the same text"):
+        build_corpora(Expert("x", {"domain": (different,), "task": (same,)}), model_dir)
+    one = Expert("x", {"task": (replace(same, limit=1),)})
+    assert len(build_corpora(one, model_dir).calibration) == 1
+
+
+def test_a_document_too_short_to_count_makes_no_double_of_the_other(tmp_path: Path, model_dir: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one text"}\n{"text": "x"}\n', encoding="utf-8")
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B")
+    tokenizer.save_pretrained(model_dir)
+    both = (Document("task", "one text"), Document("task", "x"))
+    seed = next(seed for seed in range(99) if split(both, 0.2, seed)[0] == both[:1])
+    expert = Expert("x", {"task": (Source(path=str(tmp_path / "a.jsonl")),)}, seed=seed)
+    assert len(build_corpora(expert, model_dir).calibration) == 1
 
 
 def test_corpora_that_are_too_small(tmp_path: Path, model_dir: Path) -> None:
