@@ -7,13 +7,15 @@ file inside an installed Python package.
 ==================  =========================================================================
 ``import_gguf``     a GGUF file to a Hugging Face folder
 ``inspect``         parameters, bytes and shapes by part
-``score``           a model and an expert to a store of impacts
+``score``           a model and an expert to a store of impacts, of units or of single neurons
 ``plan``            impacts to the shape and the units that survive
 ``prune``           a model and an expert to a smaller model
 ``export``          a Hugging Face folder to a GGUF file, proven equal
 ``verify``          the proof alone, for files that exist
-``evaluate``        perplexity and agreement on held-out documents
+``evaluate``        perplexity and agreement on held-out documents, and scores on tasks
 ``bench``           latency, speed and memory of two models side by side
+``overlap``         how much the irrelevant sets of languages, domains and tasks share
+``sweep``           the size/quality curve of a model and an expert
 ``run``             a recipe: all of the above in one go
 ``doctor``          what is installed and what works here
 ==================  =========================================================================
@@ -36,10 +38,12 @@ if TYPE_CHECKING:
     from cusprun.pipeline.evaluation import evaluate as evaluate
     from cusprun.pipeline.models import import_gguf as import_gguf
     from cusprun.pipeline.models import inspect as inspect
+    from cusprun.pipeline.overlap import overlap as overlap
     from cusprun.pipeline.run import run as run
     from cusprun.pipeline.stages import plan as plan
     from cusprun.pipeline.stages import prune as prune
     from cusprun.pipeline.stages import score as score
+    from cusprun.pipeline.sweep import sweep as sweep
     from cusprun.version import __version__ as __version__
 
 _FUNCTIONS = {
@@ -52,6 +56,8 @@ _FUNCTIONS = {
     "verify": "cusprun.pipeline.artifacts",
     "bench": "cusprun.pipeline.artifacts",
     "evaluate": "cusprun.pipeline.evaluation",
+    "overlap": "cusprun.pipeline.overlap",
+    "sweep": "cusprun.pipeline.sweep",
     "run": "cusprun.pipeline.run",
     "doctor": "cusprun.diagnosis",
     "__version__": "cusprun.version",
@@ -67,10 +73,12 @@ __all__ = [
     "export",
     "import_gguf",
     "inspect",
+    "overlap",
     "plan",
     "prune",
     "run",
     "score",
+    "sweep",
     "verify",
 ]
 

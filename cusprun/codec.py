@@ -99,11 +99,11 @@ def from_plain(kind: Any, plain: Any, where: str = "") -> Any:
         return from_plain(inner, plain, where)
     if origin is tuple:
         if not isinstance(plain, list):
-            raise UserError(f"{where} must be a list, not {plain!r}")
+            raise UserError(f"{where} must be a list, not {plain!r:.60}")
         return tuple(from_plain(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(plain))
     if origin in (dict, Mapping) or getattr(origin, "__name__", "") == "Mapping":
         if not isinstance(plain, dict):
-            raise UserError(f"{where} must be a mapping, not {plain!r}")
+            raise UserError(f"{where} must be a mapping, not {plain!r:.60}")
         return {key: from_plain(arguments[1], item, f"{where}.{key}") for key, item in plain.items()}
     return _scalar_from(kind, plain, where)
 
@@ -125,7 +125,7 @@ def _scalar_from(kind: Any, plain: Any, where: str) -> Any:
 
 def _record_from(kind: Any, plain: Any, where: str) -> Any:
     if not isinstance(plain, dict):
-        raise UserError(f"{where or kind.__name__} must be a mapping, not {plain!r}")
+        raise UserError(f"{where or kind.__name__} must be a mapping, not {plain!r:.60}")
     hints = typing.get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     prefix = f"{where}." if where else ""
@@ -183,5 +183,16 @@ def load_json(kind: type[T], path: Path, error: type[UserError] = UserError) -> 
     try:
         record: T = from_plain(kind, plain)
     except UserError as fault:
-        raise error(f"{path}: {fault}") from None
+        hint = _part_hint(kind, plain)
+        raise error(f"{path}{hint}" if hint else f"{path}: {fault}") from None
     return record
+
+
+def _part_hint(kind: Any, plain: Any) -> str:
+    """Return what to do when only a part of what was read is such a record, as of a manifest its plan."""
+    part = kind.__name__.lower()
+    try:
+        from_plain(kind, plain.get(part) if isinstance(plain, dict) else None)
+    except UserError:
+        return ""
+    return f" is not a {part} but holds one; write its {part!r} part to a file of its own and give that"

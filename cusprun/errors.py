@@ -7,7 +7,11 @@ measurement or gate, 1 for ours.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import numbers
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class CusprunError(Exception):
@@ -84,6 +88,33 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def require_known(name: str, known: Iterable[str], what: str, error: type[UserError] = UserError) -> None:
     """Raise ``error`` when ``name`` is not among ``known``, listing them and the nearest one."""
+    require_kind(name, str, f"the {what}", error)
     names = sorted(known)
     if name not in names:
         raise error(f"unknown {what} {name!r}{nearest(name, names)} (known: {', '.join(names)})")
+
+
+_KINDS: Mapping[type, tuple[type, str, str]] = {
+    bool: (bool, "True or False", "True or False"),
+    int: (numbers.Integral, "a whole number", "whole numbers"),
+    float: (numbers.Real, "a number", "numbers"),
+    str: (str, "text", "texts"),
+}
+"""What a value of a type is an instance of (of other libraries too), and what one and several are called."""
+
+
+def require_kind(value: object, kind: type, what: str, error: type[UserError] = UserError) -> None:
+    """Raise ``error`` when a value is no ``kind`` (a key of ``_KINDS``); a truth value is no number."""
+    wanted, name, _ = _KINDS[kind]
+    if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
+        raise error(f"{what} must be {name}, not {value!r:.60}")
+
+
+def require_list(values: Iterable[T], kind: type, what: str) -> tuple[T, ...]:
+    """Return values given from Python; raises ``UserError`` for what is no list, or the like, of ``kind``."""
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise UserError(f"{what} must be a list of {_KINDS[kind][2]}, not {values!r:.60}")
+    found = tuple(values)
+    for value in found:
+        require_kind(value, kind, f"each of {what}")
+    return found

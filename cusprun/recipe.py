@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from cusprun.corpus.yaml_tree import Section, Value, read_yaml
 from cusprun.errors import UserError, nearest
 from cusprun.paths import expand_home
-from cusprun.pipeline.stages import DEFAULT_RATIO
+from cusprun.pipeline.wishes import BUDGETS, DEFAULT_RATIO, PruneWishes
+from cusprun.records import DIMENSIONS, UNITS
+
+N = TypeVar("N", int, float)
 
 
 @dataclass(frozen=True)
@@ -35,16 +40,13 @@ class BenchSpec:
 class Recipe:
     """A recipe as it is run; ``expert`` and ``out`` are absolute, ``bench`` is None when nothing is measured.
 
-    ``model`` is a path, a hub id or ``package:NAME``.
+    ``wishes`` say how to prune. ``model`` is a path, a hub id or ``package:NAME``.
     """
 
     model: str
     expert: str
     out: str
-    ratio: float
-    rule: str
-    targets: tuple[str, ...]
-    refit: bool
+    wishes: PruneWishes
     exports: tuple[ExportSpec, ...]
     verify: bool
     evaluate: bool
@@ -57,8 +59,6 @@ def load_recipe(path: Path) -> Recipe:
     Raises:
         ConfigError: the file is missing or has faults; all of them, each with file and line.
     """
-    from cusprun.pruning.rules import DEFAULT_RULE, RULES
-
     root = read_yaml(path)
     folder = path.absolute().parent
     model = root.require("model", str, "", _not_blank)
@@ -69,10 +69,7 @@ def load_recipe(path: Path) -> Recipe:
         model=str(folder / model) if (folder / model).exists() else model,
         expert=str(folder / expand_home(expert)),
         out=str((folder / expand_home(out)).resolve()),
-        ratio=root.take("ratio", float, DEFAULT_RATIO, _ratio),
-        rule=root.take("rule", str, DEFAULT_RULE, lambda name: _known(name, RULES, "rule")),
-        targets=tuple(_target(item) for item in root.items("targets")),
-        refit=root.take("refit", bool, True),
+        wishes=_wishes(root),
         exports=exports,
         verify=root.take("verify", bool, True),
         evaluate=root.take("eval", bool, True),
@@ -86,10 +83,82 @@ def _not_blank(value: str) -> str:
     return "" if value.strip() else "must not be blank"
 
 
+def _wishes(root: Section) -> PruneWishes:
+    """Read what is asked of the pruning; every fault is noted."""
+    from cusprun.pruning.budget_text import parse_count, parse_share, parse_size
+    from cusprun.pruning.rules import DEFAULT_RULE, check_rule
+    from cusprun.pruning.targets import parse_targets
+
+    given = [name for name in BUDGETS if root.has(name)]
+    if len(given) > 1:
+        root.fault(given[1], f"only one budget may be given, not {' and '.join(given)}")
+    weights = root.section("weights")
+    refit = root.take("refit", bool, True)
+    wishes = PruneWishes(
+        ratio=root.take("ratio", float, None if given else DEFAULT_RATIO, _ratio),
+        rule=root.take("rule", str, DEFAULT_RULE, _valid(check_rule)),
+        targets=tuple(
+            item.scalar(str, "", _valid(lambda text: parse_targets((text,))))
+            for item in root.items("targets")
+        ),
+        units=tuple(
+            item.scalar(str, "", lambda name: _known(name, UNITS, "kind of unit"))
+            for item in root.items("units")
+        ),
+        target_params=_amount(root, "target_params", int, parse_count),
+        target_bytes=_amount(root, "target_bytes", int, parse_size),
+        max_loss=_amount(root, "max_loss", float, parse_share),
+        refit=refit,
+        dimension_weights={
+            name: weights.take(name, float, 1.0, _not_negative)
+            for name in DIMENSIONS
+            if weights is not None and weights.has(name)
+        },
+    )
+    if wishes.target_bytes is not None:
+        wrong = _valid(lambda _text: wishes.gguf_target())("")
+        if wrong:
+            root.fault("target_bytes", f"'target_bytes' {wrong}")
+    if wishes.dimension_weights and not refit:
+        root.fault("weights", "'weights' weigh the refit, and 'refit' is false")
+    return wishes
+
+
+def _amount(root: Section, key: str, kind: type[N], parse: Callable[[str], N]) -> N | None:
+    """Return a positive number, or one written like ``100M``, ``80MB`` or ``5%``."""
+    value = root.value(key)
+    if value is None:
+        return None
+    if not value.is_text:
+        return value.scalar(kind, None, _positive)
+    text = value.scalar(str, "", _valid(parse))
+    try:
+        return parse(text) if text else None
+    except UserError:
+        return None  # noted above
+
+
+def _valid(check: Callable[[str], object]) -> Callable[[str], str]:
+    """Turn a function that raises ``UserError`` into one that says what is wrong."""
+
+    def wrong(text: str) -> str:
+        try:
+            check(text)
+        except UserError as error:
+            return f"is not valid: {error}"
+        return ""
+
+    return wrong
+
+
 def _ratio(value: float) -> str:
-    from cusprun.pruning.planner import MAX_RATIO
+    from cusprun.pruning.budget import MAX_RATIO
 
     return "" if 0 < value <= MAX_RATIO else f"must be above 0 and at most {MAX_RATIO}, not {value:g}"
+
+
+def _not_negative(value: float) -> str:
+    return "" if 0 <= value < math.inf else f"must be 0 or above, not {value:g}"
 
 
 def _known(name: str, names: Iterable[str], what: str) -> str:
@@ -98,19 +167,6 @@ def _known(name: str, names: Iterable[str], what: str) -> str:
         return ""
     hint = nearest(name, known) or f" (known: {', '.join(known)})"
     return f"is the unknown {what} {name!r}{hint}"
-
-
-def _target(item: Value) -> str:
-    from cusprun.pruning.targets import parse_targets
-
-    def check(text: str) -> str:
-        try:
-            parse_targets((text,))
-        except UserError as error:
-            return f"is not valid: {error}"
-        return ""
-
-    return item.scalar(str, "", check)
 
 
 def _export(item: Value) -> ExportSpec:

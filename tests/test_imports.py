@@ -41,6 +41,7 @@ ARROWS: dict[str, set[str]] = {
     "cusprun.diagnosis": BASE,
     "cusprun.cache": BASE | {"cusprun.checkpoint.output"},
     "cusprun.hub": BASE,
+    "cusprun.plots": BASE,
     "cusprun.resolve": BASE | {"cusprun.cache", "cusprun.checkpoint", "cusprun.hub"},
     "cusprun.recipe": EVERYTHING,
     "cusprun.pipeline": EVERYTHING,
@@ -54,7 +55,10 @@ ARROWS: dict[str, set[str]] = {
 }
 """What each room may import, itself apart; a name stands for all that is below it."""
 
-HEAVY = ("torch", "transformers", "llama_cpp", "gguf", "datasets", "pyarrow", "huggingface_hub", "numpy")
+HEAVY = (
+    "torch", "transformers", "llama_cpp", "gguf", "datasets", "pyarrow", "huggingface_hub", "numpy",
+    "matplotlib",
+)  # fmt: skip
 
 
 def modules() -> Iterator[tuple[str, Path]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -14,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from cusprun.cli import artifacts, experts, models, recipes
+from cusprun.cli import artifacts, curves, experts, models, recipes
 from cusprun.cli.console import quieten
 from cusprun.errors import CusprunError
 
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for room in (models, experts, artifacts, recipes):
+for room in (models, experts, curves, artifacts, recipes):
     room.register(app)
 
 
@@ -71,6 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     # A stream that the shell closed (`>&-`) is None, which the libraries that print do not expect.
     sys.stdout = sys.stdout or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     sys.stderr = sys.stderr or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that cannot show a letter of a table is no reason to lose the table.
+        sys.stdout.reconfigure(errors="replace")
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 

@@ -32,14 +32,15 @@ def stdout() -> Console:
         def on_broken_pipe(self) -> None:  # rich ends the process with exit code 1
             raise BrokenPipeError
 
-    return Piped(width=None if sys.stdout.isatty() else _WIDTH_OF_FILES, highlight=False)
+    width = None if sys.stdout.isatty() else _WIDTH_OF_FILES
+    return Piped(width=width, highlight=False, markup=False, emoji=False)
 
 
 def stderr() -> Console:
     """Return the console for everything that is not a result."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def quieten(debug: bool) -> None:

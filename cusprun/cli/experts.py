@@ -12,15 +12,21 @@ from cusprun.cli.options import (
     ExpertFile,
     JsonFile,
     Model,
+    Ratio,
     RuleName,
+    TargetBytes,
+    TargetParams,
     Targets,
+    Units,
+    parse_count,
+    parse_share,
     parse_size,
+    parse_weights,
     refuse_existing_json,
     split_list,
     write_json,
 )
 
-_RATIO_HELP = "Share of the decoder blocks' attention and FFN parameters that goes, above 0 and at most 0.9."
 ScorePaths = Annotated[
     list[str] | None,
     typer.Option(
@@ -41,18 +47,24 @@ def score(
     model: Model,
     expert: ExpertFile,
     out: Annotated[Path, typer.Option(help="Store to write.", show_default=False)],
+    granularity: Annotated[
+        str, typer.Option(help="unit (FFN channels, heads, blocks) or neuron (rows and columns).")
+    ] = "unit",
 ) -> None:
-    """Score every unit of a model on an expert's documents."""
+    """Score every unit of a model, or every single neuron, on an expert's documents."""
     from cusprun.pipeline.stages import score as run
 
-    typer.echo(f"wrote {run(model, expert, out, progress=ConsoleProgress())}")
+    typer.echo(f"wrote {run(model, expert, out, granularity=granularity, progress=ConsoleProgress())}")
 
 
 def plan(
     model: Model,
     scores: ScorePaths = None,
-    ratio: Annotated[float, typer.Option(help=_RATIO_HELP)] = 0.25,
+    ratio: Ratio = None,
+    target_params: TargetParams = None,
+    target_bytes: TargetBytes = None,
     targets: Targets = None,
+    units: Units = None,
     rule: RuleName = None,
     out: Annotated[
         Path | None,
@@ -67,7 +79,10 @@ def plan(
         model,
         split_list(scores),
         ratio=ratio,
+        target_params=parse_count(target_params),
+        target_bytes=parse_size(target_bytes),
         targets=split_list(targets),
+        units=split_list(units),
         rule=rule,
         out=out,
         progress=ConsoleProgress(),
@@ -83,8 +98,16 @@ def prune(
     model: Model,
     expert: ExpertFile,
     out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
-    ratio: Annotated[
-        float | None, typer.Option(help=f"{_RATIO_HELP} Default 0.25.", show_default=False)
+    ratio: Ratio = None,
+    target_params: TargetParams = None,
+    target_bytes: TargetBytes = None,
+    max_loss: Annotated[
+        str | None,
+        typer.Option(
+            help="Budget: the largest cut whose perplexity on held-out documents is at most this above the "
+            "original's, like 5%; makes and measures up to seven experts.",
+            show_default=False,
+        ),
     ] = None,
     scores: ScorePaths = None,
     plan_file: Annotated[
@@ -93,30 +116,58 @@ def prune(
     ] = None,
     rule: RuleName = None,
     targets: Targets = None,
-    refit: Annotated[bool, typer.Option("--refit/--no-refit", help="Refit by least squares.")] = True,
+    units: Units = None,
+    granularity: Annotated[
+        str,
+        typer.Option(help="unit removes whole units; neuron zeroes single neurons and keeps every shape."),
+    ] = "unit",
+    refit: Annotated[
+        bool,
+        typer.Option(
+            "--refit/--no-refit",
+            help="Make good for what goes: least squares, or biases with the rule variance+bias.",
+        ),
+    ] = True,
+    weight: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DIMENSION=NUMBER",
+            help="How much the documents of a dimension count in the refit, like language=0.3 (default 1); "
+            "repeat for others.",
+            show_default=False,
+        ),
+    ] = None,
     shard_size: Annotated[
         str | None, typer.Option(help="Most bytes in one weight file, like 2GB.", show_default=False)
     ] = None,
 ) -> None:
     """Write the smaller model that an expert needs; scores and plans itself unless given both."""
-    from cusprun.cli.tables import manifest_tables
+    from cusprun.cli.tables import manifest_tables, neuron_tables
     from cusprun.pipeline.stages import prune as run
+    from cusprun.records import Manifest
 
     manifest = run(
         model,
         expert,
         out,
         ratio=ratio,
-        scores=split_list(scores) or None,
+        target_params=parse_count(target_params),
+        target_bytes=parse_size(target_bytes),
+        max_loss=parse_share(max_loss),
+        scores=split_list(scores) if scores else None,
         plan=plan_file,
         rule=rule,
         targets=split_list(targets),
+        units=split_list(units),
+        granularity=granularity,
         refit=refit,
+        dimension_weights=parse_weights(weight),
         shard_bytes=parse_size(shard_size),
         progress=ConsoleProgress(),
     )
     console = stdout()
-    for table in manifest_tables(manifest):
+    shown = manifest_tables(manifest) if isinstance(manifest, Manifest) else neuron_tables(manifest)
+    for table in shown:
         console.print(table)
     typer.echo(f"wrote {out}")
 
@@ -127,14 +178,21 @@ def evaluate(
         typer.Argument(metavar="MODEL...", help="Models; the first is the reference.", show_default=False),
     ],
     expert: ExpertFile,
+    tasks: Annotated[
+        Path | None,
+        typer.Option("--tasks", help="Tasks to score too: TASKS.yaml, or one .jsonl.", show_default=False),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Prompts that a task runs at one time. Default 8.", show_default=False)
+    ] = None,
     json: JsonFile = None,
 ) -> None:
-    """Measure perplexity on an expert's held-out documents and on general text, and agreement."""
+    """Measure perplexity on an expert's held-out documents and on general text, agreement, and tasks."""
     from cusprun.cli.tables import quality_tables
     from cusprun.pipeline.evaluation import evaluate as run
 
     refuse_existing_json(json)
-    report = run(models, expert, progress=ConsoleProgress())
+    report = run(models, expert, tasks, batch_size=batch_size, progress=ConsoleProgress())
     write_json(report, json)
     console = stdout()
     for table in quality_tables(report):

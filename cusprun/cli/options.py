@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
@@ -31,15 +30,43 @@ Targets = Annotated[
     ),
 ]
 RuleName = Annotated[
-    str | None, typer.Option("--rule", help="How impacts become a choice: mean (default) or paper.")
+    str | None,
+    typer.Option(
+        "--rule",
+        help="How impacts become a choice: surgeon (default), mean, paper, quantile:0.9, union, "
+        "variance+bias, magnitude or random.",
+        show_default=False,
+    ),
+]
+Ratio = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of the decoder blocks' attention and FFN parameters that goes, above 0 and at most 0.9. "
+        "Default 0.25, unless another budget is given.",
+        show_default=False,
+    ),
+]
+TargetParams = Annotated[
+    str | None, typer.Option(help="Budget: most parameters of the expert, like 100M.", show_default=False)
+]
+TargetBytes = Annotated[
+    str | None,
+    typer.Option(
+        help="Budget: most bytes of its file in the one gguf target of --for, like 80MB.", show_default=False
+    ),
+]
+Units = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Kinds that may go: ffn_channel, query_head, kv_group (these three unless given) and block; "
+        "repeat or separate by commas.",
+        show_default=False,
+    ),
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", help="Also write the whole report to this file.", show_default=False)
 ]
-
-_SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([kmg]?)b?", re.IGNORECASE)
-_FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
 
 def split_list(values: Iterable[str] | None) -> tuple[str, ...]:
@@ -49,12 +76,44 @@ def split_list(values: Iterable[str] | None) -> tuple[str, ...]:
 
 def parse_size(text: str | None) -> int | None:
     """Return the bytes of a size like ``5GB`` or ``800M``; raises ``UserError`` for anything else."""
-    if text is None:
-        return None
-    match = _SIZE.fullmatch(text.strip())
-    if not match or not float(match[1]):
-        raise UserError(f"the size {text!r} is not a number with MB or GB; write for example 5GB")
-    return int(float(match[1]) * _FACTORS[match[2].lower()])
+    from cusprun.pruning.budget_text import parse_size as parse
+
+    return None if text is None else parse(text)
+
+
+def parse_count(text: str | None) -> int | None:
+    """Return a number of parameters like ``100M``; raises ``UserError`` for anything else."""
+    from cusprun.pruning.budget_text import parse_count as parse
+
+    return None if text is None else parse(text)
+
+
+def parse_share(text: str | None) -> float | None:
+    """Return a share like ``5%`` or ``0.05``; raises ``UserError`` for anything else."""
+    from cusprun.pruning.budget_text import parse_share as parse
+
+    return None if text is None else parse(text)
+
+
+def parse_weights(texts: Iterable[str] | None) -> dict[str, float]:
+    """Return the weights of dimensions from texts like ``language=0.3``.
+
+    Raises:
+        UserError: a text has another form, or names a dimension twice.
+    """
+    weights: dict[str, float] = {}
+    for text in split_list(texts):
+        name, equals, number = (part.strip() for part in text.partition("="))
+        try:
+            weight = float(number)
+        except ValueError:
+            equals = ""
+        if not equals or not name:
+            raise UserError(f"the weight {text!r} is not of the form DIMENSION=NUMBER, like language=0.3")
+        if name in weights:
+            raise UserError(f"the dimension {name!r} has two weights; give it one")
+        weights[name] = weight
+    return weights
 
 
 def write_json(record: object, path: Path | None) -> None:
@@ -76,10 +135,23 @@ def refuse_existing_json(path: Path | None) -> None:
         refuse_existing(path)
 
 
+def refuse_same(*outputs: Path | None) -> None:
+    """Refuse to write two outputs to one file; ``None`` is not written."""
+    from cusprun.paths import expand_home
+
+    places = [expand_home(path).resolve() for path in outputs if path is not None]
+    for place in places:
+        if places.count(place) > 1:
+            raise UserError(f"{place} is named for two outputs; give each its own file")
+
+
 def print_json(record: object) -> None:
     """Print a record as JSON on standard output."""
     import json
+    import sys
 
     from cusprun.codec import to_plain
 
-    typer.echo(json.dumps(to_plain(record), ensure_ascii=False, indent=2, allow_nan=False))
+    # Escapes lose nothing where the stream would write a question mark.
+    text_only = not (sys.stdout.encoding or "").lower().startswith("utf")
+    typer.echo(json.dumps(to_plain(record), ensure_ascii=text_only, indent=2, allow_nan=False))

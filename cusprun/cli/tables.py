@@ -12,8 +12,10 @@ from rich.text import Text
 if TYPE_CHECKING:
     from cusprun.checkpoint.inspect import Inspection
     from cusprun.diagnosis import DoctorReport
-    from cusprun.quality.report import CorpusQuality, Estimate, EvalReport
-    from cusprun.records import Manifest, Plan, Shape
+    from cusprun.pipeline.curve import SweepReport
+    from cusprun.pruning.overlap import KindOverlap, OverlapReport
+    from cusprun.quality.report import CorpusQuality, Estimate, EvalReport, TaskQuality
+    from cusprun.records import Manifest, NeuronManifest, Plan, Shape
     from exporters.parity_records import ParityReport
     from serve.bench.table import Table as BenchTable
 
@@ -30,10 +32,12 @@ _SHAPE_LABELS = {
 
 def make_table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """Return a table with text to the left in the first and last column, numbers to the right between."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+    # Text, as names are the user's, and rich would read square brackets in them as its markup.
+    heading = None if title is None else Text(title, style="bold")
+    table = Table(title=heading, title_justify="left")
     for position, column in enumerate(columns):
         inner = 0 < position < len(columns) - 1
-        table.add_column(column, justify="right" if inner else "left", overflow="fold")
+        table.add_column(Text(column), justify="right" if inner else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     return table
@@ -146,13 +150,16 @@ def plan_tables(plan: Plan) -> Iterator[RenderableType]:
     yield make_table("Plan", ("", "before", "after", "change"), _shape_rows(plan.before, plan.after))
     yield Text(
         f"{plan.block_ratio:.1%} of the decoder blocks' attention and FFN parameters go "
-        f"({plan.ratio:.1%} were asked for), {plan.total_ratio:.1%} of all parameters"
+        f"(asked for: {plan.budget}), {plan.total_ratio:.1%} of all parameters"
     )
     yield from (Text(f"- {reason}") for reason in plan.reasons)
 
 
 def _shape_rows(before: Shape, after: Shape) -> Iterator[tuple[str, str, str, str]]:
-    for name in ("intermediate_size", "num_key_value_heads", "num_attention_heads"):
+    names = ["intermediate_size", "num_key_value_heads", "num_attention_heads"]
+    if before.num_hidden_layers != after.num_hidden_layers:
+        names.insert(0, "num_hidden_layers")
+    for name in names:
         old, new = getattr(before, name), getattr(after, name)
         change = "same" if old == new else f"{new / old - 1:+.1%}"
         yield _SHAPE_LABELS[name], f"{old:,}", f"{new:,}", change
@@ -178,6 +185,23 @@ def manifest_tables(manifest: Manifest) -> Iterator[RenderableType]:
         before = sum(entry.relative_error_before for entry in manifest.refit) / len(manifest.refit)
         after = sum(entry.relative_error_after for entry in manifest.refit) / len(manifest.refit)
         yield Text(f"refit: mean relative output error {before:.2%} to {after:.2%}")
+
+
+def neuron_tables(manifest: NeuronManifest) -> Iterator[RenderableType]:
+    """Lay out what zeroing single neurons did."""
+    kinds = sorted({kind for block in manifest.counts for kind in block})
+    yield make_table(
+        f"{manifest.expert.name}: {manifest.zeroed_parameters:,} of {manifest.parameters:,} parameters "
+        "are zero",
+        ("neurons set to zero, of all blocks", ""),
+        ((kind, f"{sum(block.get(kind, 0) for block in manifest.counts):,}") for kind in kinds),
+    )
+    held_out = manifest.measurements.get("held_out")
+    if held_out:
+        yield Text(
+            f"perplexity on held-out documents {held_out['perplexity_before']:.2f} before, "
+            f"{held_out['perplexity_after']:.2f} after ({held_out['perplexity_ratio'] - 1:+.1%})"
+        )
 
 
 def parity_table(reports: Sequence[ParityReport]) -> RenderableType:
@@ -214,6 +238,21 @@ def quality_tables(report: EvalReport) -> Iterator[RenderableType]:
             ("model", "perplexity", "× first", "KL (nats)", "top-1", "95 % interval of ×"),
             ((model.model, *_quality_cells(model.corpora[name])) for model in report.models),
         )
+    for position, task in enumerate(report.models[0].tasks):
+        yield make_table(
+            f"{task.name}: {task.metric}, {task.documents} documents",
+            ("model", "score", "against first", "95 % interval of that"),
+            ((model.model, *_task_cells(model.tasks[position])) for model in report.models),
+        )
+
+
+def _task_cells(quality: TaskQuality) -> tuple[str, ...]:
+    score, apart = quality.score, quality.difference
+    return (
+        f"{score.value:.1%} ({score.low:.1%}–{score.high:.1%})",
+        "" if apart is None else f"{apart.value:+.1%}",
+        "" if apart is None else f"{apart.low:+.1%} to {apart.high:+.1%}",
+    )
 
 
 def _quality_cells(quality: CorpusQuality) -> tuple[str, ...]:
@@ -229,3 +268,68 @@ def _quality_cells(quality: CorpusQuality) -> tuple[str, ...]:
         value(quality.top1_agreement, ".1%"),
         "" if ratio is None else f"{ratio.low:.3f}–{ratio.high:.3f}",
     )
+
+
+def overlap_tables(report: OverlapReport) -> Iterator[RenderableType]:
+    """Lay out overlaps over groups of layers, one table for each kind of unit."""
+    yield make_table(
+        f"Dimensions (rule {report.rule}, ratio {report.ratio:g})",
+        ("name", "documents", "tokens", "expert"),
+        (
+            (entry.name, f"{entry.documents:,}", f"{entry.tokens:,}", entry.expert_name)
+            for entry in report.dimensions
+        ),
+    )
+    for kind in report.kinds:
+        yield _overlap_table(report, kind)
+    yield Text(
+        "Jaccard overlap of the irrelevant sets, two by two"
+        + ("" if len(report.dimensions) < 3 else "; the last row is the share of units in all of them")
+        + ". Chance is the mean for independent random sets of the same size."
+    )
+
+
+def _overlap_table(report: OverlapReport, kind: KindOverlap) -> Table:
+    from cusprun.pruning.overlap import layer_groups
+
+    whole = kind.layers[0].layer is None
+    groups = () if whole else layer_groups(report.num_hidden_layers)
+    names = [f"{group[0]}–{group[-1]}" if len(group) > 1 else str(group[0]) for group in groups]
+
+    def row(label: str, values: Sequence[float], mean: float, chance: float) -> tuple[str, ...]:
+        cells = (sum(values[number] for number in group) / len(group) for group in groups)
+        return (label, *(f"{value:.3f}" for value in (*cells, mean)), f"{chance:.3f}")
+
+    rows = [
+        row(
+            " and ".join(pair),
+            [layer.jaccard[number] for layer in kind.layers],
+            kind.mean_jaccard[number],
+            kind.chance_jaccard,
+        )
+        for number, pair in enumerate(report.pairs)
+    ]
+    if len(report.dimensions) > 2:
+        shared = [layer.intersection for layer in kind.layers]
+        rows.append(row("all of them", shared, kind.mean_intersection, kind.chance_intersection))
+    where = "of all layers" if whole else "of each layer"
+    return make_table(
+        f"{kind.kind}: {kind.irrelevant:,} of {kind.units:,} {where}",
+        ("layers", *names, "all" if whole else "mean", "chance"),
+        rows,
+    )
+
+
+def sweep_tables(report: SweepReport) -> Iterator[RenderableType]:
+    """Lay out a size/quality curve: what was made, then how good it is."""
+    from cusprun.pipeline import curve
+
+    rows = report.rows()
+    title = f"{report.model} → {report.expert}"
+    yield make_table(title, curve.size_columns(), (curve.size_cells(point) for point in rows))
+    yield make_table(
+        None,
+        ("ratio", *curve.quality_columns(report)),
+        ((curve.ratio_label(point), *curve.quality_cells(point)) for point in rows),
+    )
+    yield from (Text(note) for note in curve.curve_notes(report))

@@ -17,6 +17,7 @@ from serve.bench.table import Row, Table, exact_change, format_bytes, format_cou
 
 _BENCH_METRICS = ("peak_memory_bytes", "time_to_first_token_ms", "decode_tokens_per_second")
 _SIZE_ROWS = 2  # a bench table begins with parameters and file size
+_COMPENSATIONS = {"refit": "with refit", "bias": "with biases for what went", "none": "no refit"}
 _LABELS = {"held_out": "Perplexity, held-out expert documents", "general": "Perplexity, general text"}
 
 
@@ -149,7 +150,7 @@ def _notes(
     plan = manifest.plan
     notes = [
         f"{plan.block_ratio:.1%} of the blocks' attention and FFN parameters are gone, "
-        f"{plan.total_ratio:.1%} of all; rule {manifest.rule}, {'with' if manifest.refit else 'no'} refit, "
+        f"{plan.total_ratio:.1%} of all; rule {manifest.rule}, {_COMPENSATIONS[manifest.compensation]}, "
         f"{manifest.calibration_documents} calibration documents ({manifest.calibration_tokens:,} tokens)."
     ]
     notes += [

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from cusprun.cache import file_sha256, key_of, remove_leftovers
-from cusprun.codec import dump_json, load_json
+from cusprun.codec import dump_json, load_json, to_plain
 from cusprun.errors import CusprunError, OutputError
 from cusprun.pipeline.artifacts import RUNTIMES, first_tokens, prove
 from cusprun.pipeline.evaluation import measure, measured_sets
 from cusprun.pipeline.results import RunReport, run_report, to_markdown
-from cusprun.pipeline.stages import OpenModel, PruneWishes, as_expert, open_model, prune_opened
+from cusprun.pipeline.stages import OpenModel, as_expert, corpora_of, open_model, prune_opened
 from cusprun.progress import SILENT, Progress
 from cusprun.recipe import ExportSpec, Recipe, load_recipe
 from cusprun.records import Corpora, Expert, Manifest
@@ -106,16 +106,15 @@ def run(recipe: StrPath | Recipe, *, progress: Progress = SILENT) -> RunReport:
         OutputError: an output cannot be written, or belongs to another recipe.
         CusprunError: whatever a stage raises.
     """
-    from cusprun.corpus import build_corpora
-
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
     expert = as_expert(chosen.expert)
+    chosen.wishes.check_dimensions(expert)
     if chosen.verify or chosen.bench:
         for spec in chosen.exports:
             RUNTIMES[spec.to].require()
     out = _OutFolder(_made(Path(chosen.out)))
     before = open_model(chosen.model, progress)
-    corpora = build_corpora(expert, before.index.folder, progress)
+    corpora = corpora_of(before, expert, progress)
     folder = _prune(chosen, expert, before, corpora, out, progress)
     after = open_model(folder, progress)
     artifacts = {
@@ -165,16 +164,11 @@ def _prune(
         "expert",
         before.model_hash,
         corpus_hash(corpora),
-        recipe.ratio,
-        recipe.rule,
-        recipe.targets,
-        recipe.refit,
+        to_plain(recipe.wishes),
         __version__,
     )
-
-    wishes = PruneWishes(recipe.ratio, recipe.rule, recipe.targets, recipe.refit)
     return out.model_or_artifact(
-        _AFTER, key, lambda path: prune_opened(before, expert, corpora, path, wishes, progress)
+        _AFTER, key, lambda path: prune_opened(before, expert, corpora, path, recipe.wishes, progress)
     )
 
 

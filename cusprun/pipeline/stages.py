@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cusprun.cache import fresh_output
-from cusprun.errors import CorpusError, PlanError, StoreError, UserError, require_known
+from cusprun.errors import CorpusError, PlanError, require_known
+from cusprun.pipeline.wishes import DEFAULT_RATIO, PlanWishes, PruneWishes, stores_of, texts_of
 from cusprun.progress import SILENT, Progress
-from cusprun.records import Corpora, Expert, Manifest, Plan
+from cusprun.records import GRANULARITIES, Corpora, Expert, Manifest, NeuronManifest, Plan
 from cusprun.resolve import StrPath, as_paths, resolve
-from cusprun.version import __version__
 
 if TYPE_CHECKING:
     from cusprun.checkpoint.index import CheckpointIndex
+    from cusprun.pruning.planner import Planner
+    from cusprun.pruning.store import ImpactStore
 
 log = logging.getLogger(__name__)
-
-DEFAULT_RATIO = 0.25
-"""Share of the decoder blocks' attention and FFN parameters that goes when nothing else is said."""
-
-_STORE_SPARE_BYTES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -58,63 +54,96 @@ def as_expert(expert: StrPath | Expert) -> Expert:
     return expert if isinstance(expert, Expert) else load_expert(Path(expert))
 
 
-def score(model: StrPath, expert: StrPath | Expert, out: StrPath, *, progress: Progress = SILENT) -> Path:
-    """Score every FFN channel, query head and KV group on an expert's documents; write a store to ``out``.
+def score(
+    model: StrPath,
+    expert: StrPath | Expert,
+    out: StrPath,
+    *,
+    granularity: str = "unit",
+    progress: Progress = SILENT,
+) -> Path:
+    """Score every FFN channel, query head, KV group and block on an expert's documents into a store ``out``.
 
-    A store of the same model and documents in the cache is copied, and nothing is computed again.
+    With ``granularity="neuron"`` the store holds single rows of Q, K and V, columns of O and FFN channels. A
+    store of the same model and documents in the cache is copied, and nothing is computed again.
 
     Raises:
+        UserError: an unknown granularity.
         ConfigError: the expert file has faults.
         CorpusError: documents are missing or unreadable.
         ModelError: the model is missing, damaged or holds weights that are not finite.
         OutputError: ``out`` exists or cannot be written.
     """
-    from cusprun.checkpoint.output import atomic_folder
-    from cusprun.corpus import build_corpora
+    from cusprun.pipeline.neurons import scored_neurons
+    from cusprun.pipeline.scores import copy_store
 
+    require_known(granularity, GRANULARITIES, "granularity")
     target = fresh_output(out)
     chosen = as_expert(expert)
     opened = open_model(model, progress)
-    store = scored(opened, chosen, build_corpora(chosen, opened.index.folder, progress), progress)
-    with atomic_folder(target) as folder:
-        shutil.copytree(store, folder, dirs_exist_ok=True)
+    corpora = corpora_of(opened, chosen, progress)
+    if granularity == "neuron":
+        store = scored_neurons(opened, chosen, corpora, progress=progress)
+    else:
+        store = scored(opened, chosen, corpora, progress)
+    copy_store(store, target, chosen.name)
     return target
+
+
+def corpora_of(opened: OpenModel, expert: Expert, progress: Progress = SILENT) -> Corpora:
+    """Return an expert's documents as a model reads them, with those that it is to make itself."""
+    from cusprun.corpus import build_corpora
+    from cusprun.pipeline.augment import augmented
+
+    return augmented(opened, expert, build_corpora(expert, opened.index.folder, progress), progress)
 
 
 def plan(
     model: StrPath,
     scores: StrPath | Sequence[StrPath],
     *,
-    ratio: float = DEFAULT_RATIO,
+    ratio: float | None = None,
+    target_params: int | None = None,
+    target_bytes: int | None = None,
     targets: Sequence[str] = (),
+    units: Sequence[str] = (),
     rule: str | None = None,
     out: StrPath | None = None,
     progress: Progress = SILENT,
 ) -> Plan:
     """Choose the shape and the units that survive, from one store of scores or several.
 
-    ``ratio`` is the share of the decoder blocks' attention and FFN parameters that goes; ``targets`` are what
-    the expert is to run in, like ``gguf:q8_0`` or ``vllm:tp2``; ``rule`` is ``mean`` or ``paper``. With
-    ``out`` the plan is also written as JSON, which may be edited and given to :func:`prune`.
+    One budget may be given: ``ratio`` is the share of the decoder blocks' attention and FFN parameters that
+    goes (0.25 when no budget is given), ``target_params`` the most parameters of the expert,
+    ``target_bytes`` the most bytes of its file in the one gguf target. ``targets`` are what it is to run in,
+    like ``gguf:q8_0`` or ``vllm:tp2``; ``units`` the kinds that may go, of ``ffn_channel``, ``query_head``,
+    ``kv_group`` (these three unless given) and ``block``; ``rule`` is one of ``cusprun.pruning.rules.RULES``.
+    With ``out`` the plan is also written as JSON, which may be edited and given to :func:`prune`.
 
     Raises:
-        PlanError: the ratio is outside (0, 0.9] or cannot be reached, or the scores are another model's.
-        StoreError: a store is missing or damaged.
+        PlanError: the budget is out of range or no legal shape keeps it, or the scores are another model's.
+        CorpusError: the scored documents are too few for the rule, or cannot separate any units.
+        StoreError: a store is missing, damaged, given twice or made with other tokens.
         OutputError: ``out`` exists or cannot be written.
-        UserError: a rule or target is unknown.
+        UserError: a rule, target or kind of unit is unknown, or several budgets are given.
     """
     from cusprun.checkpoint.output import atomic_file
     from cusprun.codec import json_bytes
-    from cusprun.pruning.planner import make_plan
     from cusprun.pruning.store import open_store
 
     target = None if out is None else fresh_output(out)
-    rule = _check_wishes(ratio, rule, targets)
+    wishes = PlanWishes(
+        ratio=ratio,
+        rule=rule,
+        targets=texts_of(targets, "targets"),
+        units=texts_of(units, "units"),
+        target_params=target_params,
+        target_bytes=target_bytes,
+    )
+    wishes.check()
     store = open_store(as_paths(scores))
     opened = open_model(model, progress)
-    made = make_plan(
-        opened.index, store, model_hash=opened.model_hash, ratio=ratio, rule=rule, targets=tuple(targets)
-    )
+    made = _planner(opened, store, wishes).plan(wishes.budget(opened.index))
     if target is not None:
         with atomic_file(target) as partial:
             partial.write_bytes(json_bytes(made))
@@ -127,65 +156,70 @@ def prune(
     out: StrPath,
     *,
     ratio: float | None = None,
+    target_params: int | None = None,
+    target_bytes: int | None = None,
+    max_loss: float | None = None,
     scores: StrPath | Sequence[StrPath] | None = None,
     plan: StrPath | Plan | None = None,
     rule: str | None = None,
     targets: Sequence[str] = (),
+    units: Sequence[str] = (),
+    granularity: str = "unit",
     refit: bool = True,
+    dimension_weights: Mapping[str, float] | None = None,
     shard_bytes: int | None = None,
     progress: Progress = SILENT,
-) -> Manifest:
+) -> Manifest | NeuronManifest:
     """Write the smaller model that an expert needs as a Hugging Face folder; return its manifest.
 
-    Scores and plans itself when given neither ``scores`` nor ``plan``; ``ratio`` is 0.25 unless given,
-    ``rule`` is ``mean``. A ``plan`` brings its own ratio, rule and targets. ``refit`` re-solves the last
-    projections by least squares. ``shard_bytes`` bounds a weight file (5 GB). Interrupted and called again,
-    it continues from the scores.
+    Scores and plans itself when given neither ``scores`` nor ``plan``. The budget, ``rule``, ``targets`` and
+    ``units`` are those of :func:`plan`; ``max_loss`` is one budget more: the largest cut whose perplexity on
+    the held-out documents is at most that share above the original's, found by making and measuring up to
+    seven experts. A ``plan`` brings its own budget, rule, targets and units, and is applied as it stands.
+    ``refit`` makes good for what went, by least squares or, with the rule ``variance+bias``, by biases;
+    ``dimension_weights`` says how much the documents of a dimension count in the least squares (1 each). With
+    ``granularity="neuron"`` single neurons of every matrix are zeroed by the rule (``paper`` unless given) in
+    ``ratio``, and every shape stays. ``shard_bytes`` bounds a weight file (2 GB). Interrupted and called
+    again, it continues from the scores.
 
     Raises:
         ConfigError: the expert file has faults.
-        CorpusError: documents are missing, unreadable or too few for the refit.
+        CorpusError: documents are missing, unreadable or too few for rule or refit, or none is held out to
+            measure ``max_loss`` on.
         ModelError: the model is missing, damaged or holds weights that are not finite.
-        PlanError: the ratio cannot be reached, or the plan is malformed or another model's.
+        PlanError: no legal shape keeps the budget, or the plan is malformed or another model's.
+        StoreError: a store is missing, damaged, given twice or made with other tokens.
         OutputError: ``out`` exists, cannot be written or does not fit on the disk.
+        UserError: a rule, target, kind of unit or dimension is unknown, or wishes contradict one another.
     """
-    from cusprun.corpus import build_corpora
-
     target = fresh_output(out)
-    _refuse_conflict(plan, ratio=ratio, rule=rule, targets=tuple(targets) or None, scores=scores)
     wishes = PruneWishes(
-        ratio=DEFAULT_RATIO if ratio is None else ratio,
+        ratio=ratio,
         rule=rule,
-        targets=tuple(targets),
+        targets=texts_of(targets, "targets"),
+        units=texts_of(units, "units"),
+        target_params=target_params,
+        target_bytes=target_bytes,
+        max_loss=max_loss,
         refit=refit,
+        granularity=granularity,
+        dimension_weights=dict(dimension_weights or {}),
         shard_bytes=shard_bytes,
-        stores=() if scores is None else tuple(as_paths(scores)),
+        stores=stores_of(scores),
         plan=plan,
     )
     wishes.check()
     chosen = as_expert(expert)
+    wishes.check_dimensions(chosen)
     opened = open_model(model, progress)
-    corpora = build_corpora(chosen, opened.index.folder, progress)
+    corpora = corpora_of(opened, chosen, progress)
+    if granularity == "neuron":
+        from cusprun.pipeline.neurons import prune_neurons
+        from cusprun.pruning.rules import DEFAULT_NEURON_RULE
+
+        share, judged = wishes.ratio or DEFAULT_RATIO, rule or DEFAULT_NEURON_RULE
+        return prune_neurons(opened, chosen, corpora, target, ratio=share, rule=judged, progress=progress)
     return prune_opened(opened, chosen, corpora, target, wishes, progress)
-
-
-@dataclass(frozen=True)
-class PruneWishes:
-    """What :func:`prune` was asked for; an empty ``stores`` and no ``plan`` mean: score and plan."""
-
-    ratio: float = DEFAULT_RATIO
-    rule: str | None = None
-    targets: tuple[str, ...] = ()
-    refit: bool = True
-    shard_bytes: int | None = None
-    stores: tuple[Path, ...] = ()
-    plan: StrPath | Plan | None = None
-
-    def check(self) -> None:
-        """Refuse what cannot be before any work is done."""
-        _check_wishes(self.ratio, self.rule, self.targets)
-        if self.shard_bytes is not None and self.shard_bytes < 1:
-            raise UserError(f"the shard size must be at least 1 byte, not {self.shard_bytes}")
 
 
 def prune_opened(
@@ -197,20 +231,62 @@ def prune_opened(
     progress: Progress = SILENT,
 ) -> Manifest:
     """Do the work of :func:`prune` on a model and corpora that are open."""
-    from cusprun.checkpoint.writer import DEFAULT_SHARD_BYTES
-    from cusprun.corpus import corpus_hash
-    from cusprun.pruning.folder import Provenance, write_expert
+    from cusprun.pipeline.search import largest_within_loss
+    from cusprun.pruning.store import open_store
 
     seconds: dict[str, float] = {}
-    if wishes.plan is None:
+    if wishes.plan is not None:
+        made = _given_plan(wishes.plan, opened, wishes.refit)
+        wishes.check_family(opened.index.family, made.rule)
+    else:
+        wishes.check_family(opened.index.family, wishes.chosen_rule)
+        if wishes.max_loss is not None and not corpora.held_out:
+            raise CorpusError(
+                f"no document of {expert.name!r} is held out to measure a loss on; give it more documents "
+                "or a larger 'held_out'"
+            )
+        if wishes.max_loss is not None and wishes.settings(wishes.chosen_rule).mode == "refit":
+            unknowns = opened.index.shape.intermediate_size  # the least cut is tried
+            _require_tokens(corpora, unknowns, expert, wishes.dimension_weights)
         started = time.monotonic()
         stores = wishes.stores or (scored(opened, expert, corpora, progress),)
         seconds["score"] = time.monotonic() - started
-        made = _planned(opened, stores, wishes, seconds)
-    else:
-        made = _given_plan(wishes.plan, opened)
-    if wishes.refit:
-        _require_tokens(corpora, made, expert)
+        started = time.monotonic()
+        store = open_store(stores)
+        if wishes.stores:
+            store.require_tokens((*corpora.calibration, *corpora.held_out, *corpora.general))
+        planner = _planner(opened, store, wishes)
+        if wishes.max_loss is not None:
+            return largest_within_loss(
+                planner,
+                wishes.max_loss,
+                out,
+                lambda made, folder: _write(opened, expert, corpora, folder, made, wishes, seconds, progress),
+            )
+        made = planner.plan(wishes.budget(opened.index))
+        seconds["plan"] = time.monotonic() - started
+    return _write(opened, expert, corpora, out, made, wishes, seconds, progress)
+
+
+def _write(
+    opened: OpenModel,
+    expert: Expert,
+    corpora: Corpora,
+    out: Path,
+    made: Plan,
+    wishes: PruneWishes,
+    seconds: Mapping[str, float],
+    progress: Progress,
+) -> Manifest:
+    """Write the expert of one plan."""
+    from cusprun.checkpoint.writer import DEFAULT_SHARD_BYTES
+    from cusprun.corpus import corpus_hash
+    from cusprun.pruning.folder import Provenance, write_expert
+    from cusprun.pruning.plan_check import EDITED
+
+    settings = wishes.settings(made.rule, edited=made.budget == EDITED)
+    if settings.mode == "refit":
+        _require_tokens(corpora, made.after.intermediate_size, expert, wishes.dimension_weights)
     log.info("%s", plan_sentence(made))
     return write_expert(
         opened.index,
@@ -224,7 +300,7 @@ def prune_opened(
             expert=expert,
             seconds=seconds,
         ),
-        refit=wishes.refit,
+        settings=settings,
         measure=bool(corpora.held_out),
         max_shard_bytes=wishes.shard_bytes or DEFAULT_SHARD_BYTES,
         progress=progress,
@@ -234,8 +310,10 @@ def prune_opened(
 def plan_sentence(plan: Plan) -> str:
     """Say in one line what a plan removes."""
     before, after = plan.before, plan.after
+    blocks = f"{before.num_hidden_layers} to {after.num_hidden_layers} blocks, "
     return (
-        f"plan: FFN width {before.intermediate_size} to {after.intermediate_size}, "
+        f"plan: {blocks if before.num_hidden_layers != after.num_hidden_layers else ''}"
+        f"FFN width {before.intermediate_size} to {after.intermediate_size}, "
         f"KV heads {before.num_key_value_heads} to {after.num_key_value_heads}, "
         f"query heads {before.num_attention_heads} to {after.num_attention_heads}; "
         f"{plan.block_ratio:.1%} of block parameters, {plan.total_ratio:.1%} of all"
@@ -244,97 +322,56 @@ def plan_sentence(plan: Plan) -> str:
 
 def scored(opened: OpenModel, expert: Expert, corpora: Corpora, progress: Progress) -> Path:
     """Return the store of a model and corpora in the cache, made unless it is there and sound."""
-    from cusprun.cache import cache_folder, cached, key_of
-    from cusprun.checkpoint.output import require_space
-    from cusprun.corpus import corpus_hash
+    from cusprun.pipeline.scores import cached_store
     from cusprun.pruning.score import score_model
-    from cusprun.pruning.store import open_store, unit_counts
 
-    digest = corpus_hash(corpora)
-    name = key_of("score", opened.model_hash, digest, __version__)
-
-    def make(path: Path) -> None:
-        shape = opened.index.shape
-        values = (sum(unit_counts(shape).values()) + 1) * shape.num_hidden_layers
-        require_space(path, 4 * values * len(corpora.calibration) + _STORE_SPARE_BYTES)
+    def score_into(path: Path, corpus_hash: str) -> None:
         score_model(
             opened.index,
             corpora,
             path,
             model_hash=opened.model_hash,
-            corpus_hash=digest,
+            corpus_hash=corpus_hash,
             expert_name=expert.name,
             progress=progress,
         )
 
-    store, found = cached("scores", name, make)
-    if found:
-        try:
-            open_store(store)
-        except StoreError:
-            log.info("the finished scores in %s are damaged; scoring again", cache_folder())
-            shutil.rmtree(store, ignore_errors=True)
-            return cached("scores", name, make)[0]
-        log.info("found finished scores of this model and these documents; not scoring again")
-    return store
+    return cached_store(opened, corpora, "unit", score_into)
 
 
-def _planned(
-    opened: OpenModel, stores: Sequence[Path], wishes: PruneWishes, seconds: dict[str, float]
-) -> Plan:
-    from cusprun.pruning.planner import make_plan
-    from cusprun.pruning.rules import DEFAULT_RULE
-    from cusprun.pruning.store import open_store
+def _planner(opened: OpenModel, store: ImpactStore, wishes: PlanWishes) -> Planner:
+    from cusprun.pruning.planner import Planner
 
-    started = time.monotonic()
-    made = make_plan(
+    return Planner.of(
         opened.index,
-        open_store(stores),
+        store,
         model_hash=opened.model_hash,
-        ratio=wishes.ratio,
-        rule=wishes.rule or DEFAULT_RULE,
+        rule=wishes.chosen_rule,
         targets=wishes.targets,
+        units=wishes.units,
+        refit=wishes.refit,
     )
-    seconds["plan"] = time.monotonic() - started
-    return made
 
 
-def _given_plan(plan: StrPath | Plan, opened: OpenModel) -> Plan:
+def _given_plan(plan: StrPath | Plan, opened: OpenModel, refit: bool) -> Plan:
     from cusprun.codec import load_json
-    from cusprun.pruning.planner import checked_plan
+    from cusprun.pruning.plan_check import checked_plan
 
     made = plan if isinstance(plan, Plan) else load_json(Plan, Path(plan), PlanError)
-    return checked_plan(made, opened.index, opened.model_hash)
+    return checked_plan(made, opened.index, opened.model_hash, refit=refit)
 
 
-def _require_tokens(corpora: Corpora, plan: Plan, expert: Expert) -> None:
-    """Raise ``CorpusError`` when the least squares would have fewer tokens than unknowns."""
-    unknowns = plan.after.intermediate_size
-    if corpora.calibration_tokens < unknowns:
+def _require_tokens(corpora: Corpora, unknowns: int, expert: Expert, weights: Mapping[str, float]) -> None:
+    """Raise ``CorpusError`` when the least squares would have fewer tokens that weigh than unknowns."""
+    tokens = sum(
+        len(document.token_ids)
+        for document in corpora.calibration
+        if weights.get(document.dimension, 1.0) > 0
+    )
+    if tokens < unknowns:
+        weighing = " with a weight above 0" if tokens < corpora.calibration_tokens else ""
         raise CorpusError(
-            f"the corpora of {expert.name!r} have {corpora.calibration_tokens} calibration tokens, fewer "
+            f"the corpora of {expert.name!r} have {tokens} calibration tokens{weighing}, fewer "
             f"than the {unknowns} FFN channels of a block that the refit solves for; add documents, or "
             "prune without the refit"
-        )
-
-
-def _check_wishes(ratio: float, rule: str | None, targets: Sequence[str]) -> str:
-    """Check ratio, rule and targets before any work is done; returns the rule."""
-    from cusprun.pruning.planner import check_ratio
-    from cusprun.pruning.rules import DEFAULT_RULE, RULES
-    from cusprun.pruning.targets import parse_targets
-
-    check_ratio(ratio)
-    chosen = DEFAULT_RULE if rule is None else rule
-    require_known(chosen, RULES, "rule")
-    parse_targets(tuple(targets))
-    return chosen
-
-
-def _refuse_conflict(plan: object, **wishes: object) -> None:
-    given = [name for name, value in wishes.items() if value is not None]
-    if plan is not None and given:
-        raise UserError(
-            "a plan brings its own ratio, rule and targets and needs no scores; leave out "
-            f"{' and '.join(given)}, or leave out the plan"
         )

@@ -38,6 +38,7 @@ def _prose(manifest: Manifest) -> str:
     before, after = plan.before, plan.after
     widths = [
         ("FFN width", before.intermediate_size, after.intermediate_size),
+        ("decoder blocks", before.num_hidden_layers, after.num_hidden_layers),
         ("query heads", before.num_attention_heads, after.num_attention_heads),
         ("KV heads", before.num_key_value_heads, after.num_key_value_heads),
         ("parameters", manifest.parameters_before, manifest.parameters_after),
@@ -67,8 +68,9 @@ It keeps what the original needs for this job and gives up some of the rest: mea
 {table}
 
 {plan.block_ratio:.1%} of the decoder blocks' attention and FFN parameters are gone, {plan.total_ratio:.1%} of
-all parameters. Rule `{manifest.rule}`, {_refit_text(manifest)}, {manifest.calibration_documents} calibration
-documents ({manifest.calibration_tokens:,} tokens). Tokenizer and chat template are those of the original.
+all parameters. Asked for: {plan.budget}. Rule `{manifest.rule}`, {_refit_text(manifest)},
+{manifest.calibration_documents} calibration documents ({manifest.calibration_tokens:,} tokens).
+Tokenizer and chat template are those of the original.
 
 {_quality_text(manifest)}## How to make it again
 
@@ -93,11 +95,15 @@ On {held_out["documents"]} held-out documents of the expert's own corpora
 
 
 def _refit_text(manifest: Manifest) -> str:
+    if manifest.compensation == "bias":
+        return "the mean of what went added as biases"
     if not manifest.refit:
         return "no refit"
     before = sum(report.relative_error_before for report in manifest.refit) / len(manifest.refit)
     after = sum(report.relative_error_after for report in manifest.refit) / len(manifest.refit)
-    return f"least-squares refit (mean relative output error {before:.2%} to {after:.2%})"
+    weights = ", ".join(f"{name} {weight:g}" for name, weight in manifest.refit_weights.items())
+    weighted = f"; weights of the dimensions: {weights}" if weights else ""
+    return f"least-squares refit (mean relative output error {before:.2%} to {after:.2%}{weighted})"
 
 
 def _source_text(source: Source) -> str:

@@ -18,20 +18,24 @@ from cusprun.checkpoint.writer import DEFAULT_SHARD_BYTES
 from cusprun.codec import dump_json
 from cusprun.progress import SILENT, Progress
 from cusprun.pruning.card import model_card
-from cusprun.pruning.rewrite import write_weights
+from cusprun.pruning.refit import RefitSettings
+from cusprun.pruning.rewrite import DEFAULT_SETTINGS, compensating_flags, write_weights
 from cusprun.quality.likelihood import (
     DocumentLikelihood,
     exp_of_mean,
     measure_likelihood,
     perplexity,
 )
-from cusprun.records import Corpora, Expert, LayerRefit, Manifest, Plan, Shape
+from cusprun.records import Corpora, Expert, LayerRefit, Manifest, Plan
 from cusprun.version import __version__
+from cusprun.walk.shell import load_config
 
 MANIFEST_NAME = "cusprun.json"
 CARD_NAME = "README.md"
-_VERSIONED = ("torch", "transformers", "safetensors", "tokenizers", "numpy")
-_SMALL_FILES_BYTES = 100_000_000
+VERSIONED = ("torch", "transformers", "safetensors", "tokenizers", "numpy")
+SMALL_FILES_BYTES = 100_000_000
+_NOT_PER_BLOCK = frozenset({"architectures", "bos_token_id", "eos_token_id", "pad_token_id"})
+"""Lists of a config that can be as long as the model is deep by chance."""
 
 
 @dataclass(frozen=True)
@@ -55,31 +59,34 @@ def write_expert(
     *,
     corpora: Corpora,
     provenance: Provenance,
-    refit: bool = True,
+    settings: RefitSettings = DEFAULT_SETTINGS,
     measure: bool = True,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress = SILENT,
 ) -> Manifest:
     """Write the pruned model that ``plan`` describes into the folder ``out``, whole or not at all.
 
-    With ``measure`` the held-out documents are run through original and expert, and the perplexities stand in
-    manifest and card.
+    ``settings`` say how the last projections make good for what went. With ``measure`` the held-out documents
+    are run through original and expert, and the perplexities stand in manifest and card.
 
     Raises:
         OutputError: ``out`` exists already, cannot be written or does not fit on the disk.
         ModelError: weights cannot be read or are not finite.
+        PlanError: the rule adds biases that the family has no place for.
     """
+    flags = compensating_flags(index, plan, settings)
     refuse_existing(out)
-    require_space(out, round(index.num_bytes * (1 - plan.total_ratio)) + _SMALL_FILES_BYTES)
+    require_space(out, round(index.num_bytes * (1 - plan.total_ratio)) + SMALL_FILES_BYTES)
     with atomic_folder(out) as folder:
         started = time.monotonic()
-        write_config(folder, expert_config(index.config, plan.after))
+        write_config(folder, expert_config(index, plan, flags))
         copy_carried_files(index.folder, folder)
-        reports = write_weights(
+        weights = write_weights(
             index,
             plan,
             folder,
-            corpora.calibration if refit else (),
+            corpora.calibration,
+            settings=settings,
             max_shard_bytes=max_shard_bytes,
             progress=progress,
         )
@@ -87,21 +94,51 @@ def write_expert(
         written = open_checkpoint(folder)
         quality = measure_likelihood(written, corpora.held_out, index, progress=progress) if measure else ()
         provenance = replace(provenance, seconds=seconds)
-        manifest = _manifest(index, written, plan, corpora, provenance, reports, quality)
+        removed = 1 - written.num_parameters / index.num_parameters
+        plan = replace(plan, layers=weights.layers, total_ratio=removed)
+        manifest = _manifest(index, written, plan, corpora, provenance, weights.reports, quality, settings)
         dump_json(manifest, folder / MANIFEST_NAME)
         (folder / CARD_NAME).write_text(model_card(manifest), encoding="utf-8")
     return manifest
 
 
-def expert_config(config: Mapping[str, Any], after: Shape) -> dict[str, Any]:
-    """Return the source's config with the widths that pruning changed, and ``head_dim`` always stated."""
+def expert_config(index: CheckpointIndex, plan: Plan, flags: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the source's config with what pruning changed, and ``head_dim`` always stated.
+
+    When blocks go, every list with one entry for each block loses theirs. ``flags`` are config keys of biases
+    that the expert gets.
+    """
+    after = plan.after
     return {
-        **config,
+        **index.config,
+        **(
+            _cut_blocks(index, plan.kept_blocks)
+            if after.num_hidden_layers != plan.before.num_hidden_layers
+            else {}
+        ),
         "num_attention_heads": after.num_attention_heads,
         "num_key_value_heads": after.num_key_value_heads,
         "head_dim": after.head_dim,
         "intermediate_size": after.intermediate_size,
+        **dict.fromkeys(flags, True),
     }
+
+
+def _cut_blocks(index: CheckpointIndex, kept: Sequence[int]) -> dict[str, Any]:
+    """Return the config keys that change when only the blocks ``kept`` stay."""
+    config: dict[str, Any] = dict(index.config)
+    count = index.shape.num_hidden_layers
+    kinds = getattr(load_config(index), "layer_types", None)
+    if kinds is not None:  # a pattern that the config left to be worked out would start anew at the cut
+        config["layer_types"] = list(kinds)
+    cut: dict[str, Any] = {
+        key: [value[layer] for layer in kept]
+        for key, value in config.items()
+        if isinstance(value, list) and len(value) == count and key not in _NOT_PER_BLOCK
+    }
+    if isinstance(config.get("max_window_layers"), int):  # blocks from this number on have a window
+        cut["max_window_layers"] = sum(layer < config["max_window_layers"] for layer in kept)
+    return {**cut, "num_hidden_layers": len(kept)}
 
 
 def _manifest(
@@ -112,6 +149,7 @@ def _manifest(
     provenance: Provenance,
     reports: tuple[LayerRefit, ...],
     quality: Sequence[DocumentLikelihood],
+    settings: RefitSettings,
 ) -> Manifest:
     return Manifest(
         cusprun_version=__version__,
@@ -126,23 +164,26 @@ def _manifest(
         held_out_documents=len(corpora.held_out),
         rule=plan.rule,
         refit=reports,
+        compensation=settings.mode,
+        refit_weights=dict(settings.weights) if settings.mode == "refit" else {},
         plan=plan,
         parameters_before=index.num_parameters,
         parameters_after=written.num_parameters,
         seconds={stage: round(value, 2) for stage, value in provenance.seconds.items()},
         versions={
             "python": platform.python_version(),
-            **{name: metadata.version(name) for name in _VERSIONED},
+            **{name: metadata.version(name) for name in VERSIONED},
         },
         measurements={
             "weight_bytes_before": index.num_bytes,
             "weight_bytes_after": written.num_bytes,
-            **({"held_out": _held_out(quality)} if quality else {}),
+            **({"held_out": held_out_quality(quality)} if quality else {}),
         },
     )
 
 
-def _held_out(quality: Sequence[DocumentLikelihood]) -> dict[str, float]:
+def held_out_quality(quality: Sequence[DocumentLikelihood]) -> dict[str, float]:
+    """Return what a manifest says about the held-out documents, measured against the original."""
     tokens = sum(document.num_predicted_tokens for document in quality)
     before = exp_of_mean(sum(document.reference_negative_log_likelihood for document in quality), tokens)
     after = perplexity(quality)

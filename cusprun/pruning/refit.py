@@ -1,6 +1,6 @@
 """The refit: surviving columns re-solved so that the projection gives what it gave before.
 
-With channels a [tokens, n] over calibration tokens, y = a W^T the full output, S the survivors, R the rest
+With channels a [tokens, n] over calibration tokens, y = a W^T the full output, S the survivors, the rest R
 and G = a^T a, ridge least squares shrunk towards the original weights
 
     min over V of |a W^T - a_S V^T|^2 + ridge * |V - W_S|^2
@@ -11,83 +11,140 @@ the survivors that vary with them, and a survivor that varies with none keeps it
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
-RIDGE = 1e-3
-"""Ridge as a share of the mean diagonal of G_SS; ten times more or less cost 3 % of perplexity."""
-_GRAM_BLOCK = 512
+MODES = ("refit", "bias", "none")
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
+"""Ridges that are tried, as shares of the mean diagonal of the Gram matrix of usual tokens."""
+DEFAULT_RIDGE = 1e-2
+"""Ridge where no document is kept apart to choose one."""
 _RIDGE_STEPS = 12
 
 
-def add_to_gram(gram: torch.Tensor, channels: torch.Tensor) -> None:
-    """Add ``channels^T channels`` to the upper block triangle of ``gram`` in place.
+@dataclass(frozen=True)
+class RefitSettings:
+    """How the last projections make good for what went.
 
-    ``channels`` is [tokens, n]; ``gram`` [n, n]. Only blocks on and above the diagonal are computed, which
-    halves the work for large n; :func:`mirror` fills in the rest once.
+    ``mode`` is ``refit``, ``bias`` (the mean of what went, added as a bias) or ``none``. ``weights`` are
+    those of the dimensions' tokens in the least squares, 1 where none is given. ``revise`` lets the refit
+    choose the FFN channels again, by its own error on the inputs that the cut blocks before give.
+    ``held_out`` is the share of calibration documents that the ridge is chosen on. ``anchors`` is the number
+    of first tokens that are fitted beside the documents (see ``refit_documents.anchor_documents``).
     """
-    size = gram.shape[0]
-    for start in range(0, size, _GRAM_BLOCK):
-        stop = min(start + _GRAM_BLOCK, size)
-        gram[start:stop, start:].addmm_(channels[:, start:stop].T, channels[:, start:])
 
-
-def mirror(gram: torch.Tensor) -> torch.Tensor:
-    """Return the symmetric matrix whose upper triangle ``gram`` holds."""
-    upper = torch.triu(gram)
-    return upper + torch.triu(gram, 1).T
+    mode: str = "refit"
+    weights: Mapping[str, float] = field(default_factory=dict)
+    revise: bool = False
+    held_out: float = 0.1
+    anchors: int = 2048
 
 
 @dataclass(frozen=True)
 class Refitted:
-    """``weight`` is [features, survivors] in the original type; errors are relative squared norms."""
+    """``weight`` is [features, survivors] in the original type; errors are relative squared norms.
+
+    ``ridge`` is the share of the mean diagonal that was chosen, None where the original columns stay.
+    """
 
     weight: torch.Tensor
     relative_error_before: float
     relative_error_after: float
+    ridge: float | None
 
 
-def refit(weight: torch.Tensor, gram: torch.Tensor, keep: list[int], ridge: float = RIDGE) -> Refitted:
+def refit(
+    weight: torch.Tensor,
+    fit: torch.Tensor,
+    keep: Sequence[int],
+    *,
+    apart: torch.Tensor | None = None,
+    ridges: Sequence[float] = RIDGES,
+    unit: float | None = None,
+) -> Refitted:
     """Solve for the surviving columns.
+
+    With ``apart`` every ridge is fitted on ``fit`` and judged on ``apart``; the best one is then solved for
+    on both together, and the errors are those on ``apart`` of the columns that had not seen it. Without, the
+    first ridge is taken and the errors are those on ``fit``. When no ridge is better than the original
+    columns, those are returned.
 
     Args:
         weight: the projection, [features, n], any float type.
-        gram: a^T a over calibration tokens, symmetric [n, n].
+        fit: a^T a over the tokens to fit, symmetric [n, n], any float type.
         keep: surviving channels, ascending.
-        ridge: share of the mean diagonal of the survivors' Gram matrix.
+        apart: the same over tokens that are only judged on.
+        ridges: shares of ``unit``, in the order of preference.
+        unit: what a ridge of one adds to the diagonal; the mean diagonal of ``fit`` when it is not given.
 
     Returns:
-        The new columns, rounded to the type of ``weight``, with the errors of that rounded result. When it is
-        no better than the original columns on the calibration tokens, those are returned.
+        The new columns, rounded to the type of ``weight``.
     """
-    exact, g = weight.double(), gram.double()
-    gone = torch.ones(g.shape[0], dtype=torch.bool)
-    gone[keep] = False
-    removed = gone.nonzero().flatten().tolist()
-    survivors, lost = exact[:, keep], exact[:, removed]
-    g_ss, g_rs, g_rr = g[keep][:, keep], g[removed][:, keep], g[removed][:, removed]
-    target = lost @ g_rs  # [features, survivors]
-    change = torch.cholesky_solve(target.T, _factor(g_ss, ridge)).T
-    rounded = (survivors + change).to(weight.dtype)
-    change = rounded.double() - survivors
-
-    total = float((exact @ g * exact).sum())
-    before = float((lost @ g_rr * lost).sum())
-    after = before - 2 * float((change * target).sum()) + float((change @ g_ss * change).sum())
-    if not after < before:
-        rounded, after = survivors.to(weight.dtype), before
-    scale = total if total > 0 else 1.0
-    return Refitted(rounded, max(before, 0.0) / scale, max(after, 0.0) / scale)
+    whole = weight.double()
+    unit = float(fit.diagonal().mean()) if unit is None else unit
+    problem = _Problem(whole, fit.double(), keep)
+    judge = problem if apart is None else _Problem(whole, apart.double(), keep)
+    candidates = ridges if apart is not None else ridges[:1]
+    tried = [(judge.error(problem.change(ridge * unit)), ridge) for ridge in candidates]
+    after, ridge = min(tried, key=lambda entry: entry[0])
+    before = judge.error(None)
+    final = problem if apart is None else _Problem(whole, fit.double() + apart.double(), keep)
+    rounded = (final.kept + final.change(ridge * unit)).to(weight.dtype)
+    scale = judge.energy if judge.energy > 0 else 1.0
+    # Rounding to the type of the weights can cost more than a refit of almost nothing gains.
+    sound = after < before and final.error(rounded.double() - final.kept) < final.error(None)
+    if not sound:
+        return Refitted(final.kept.to(weight.dtype), before / scale, before / scale, None)
+    return Refitted(rounded, before / scale, after / scale, ridge)
 
 
-def _factor(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Return the Cholesky factor of ``matrix + ridge``, growing the ridge until it exists."""
-    mean_diagonal = float(matrix.diagonal().mean()) or 1.0
+class _Problem:
+    """The least squares of one projection over one set of tokens."""
+
+    def __init__(self, weight: torch.Tensor, gram: torch.Tensor, keep: Sequence[int]) -> None:
+        kept = torch.tensor(list(keep))
+        gone = torch.ones(gram.shape[0], dtype=torch.bool)
+        gone[kept] = False
+        removed = gone.nonzero().flatten()
+        lost = weight[:, removed]
+        self.kept = weight[:, kept]
+        self._gram = gram[kept][:, kept]
+        self._target = lost @ gram[removed][:, kept]  # [features, survivors]
+        self._lost_energy = float((lost @ gram[removed][:, removed] * lost).sum())
+        self.energy = float((weight @ gram * weight).sum())
+
+    def change(self, ridge: float) -> torch.Tensor:
+        """Return what a ridge adds to the surviving columns, [features, survivors]."""
+        solved: torch.Tensor = torch.cholesky_solve(self._target.T, factor(self._gram, ridge)).T
+        return solved
+
+    def error(self, change: torch.Tensor | None) -> float:
+        """Return the squared norm of the output that is missing with a change of the surviving columns."""
+        if change is None:
+            return max(self._lost_energy, 0.0)
+        gained = 2 * float((change * self._target).sum()) - float((change @ self._gram * change).sum())
+        return max(self._lost_energy - gained, 0.0)
+
+
+def mean_bias(weight: torch.Tensor, means: torch.Tensor, keep: Sequence[int]) -> torch.Tensor:
+    """Return the mean output of the channels that go, [features] (FLAP, arXiv 2312.11983, section 3.3).
+
+    ``weight`` is [features, n], ``means`` [n] the mean of every channel over the tokens.
+    """
+    gone = torch.ones(weight.shape[1], dtype=torch.bool)
+    gone[list(keep)] = False
+    return (weight.double()[:, gone] @ means.double()[gone]).to(weight.dtype)
+
+
+def factor(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Return the Cholesky factor of ``matrix + ridge * I``, growing the ridge until it exists."""
+    ridge = ridge or 1.0
     identity = torch.eye(matrix.shape[0], dtype=matrix.dtype)
     for step in range(_RIDGE_STEPS):
-        factor: torch.Tensor
-        factor, info = torch.linalg.cholesky_ex(matrix + ridge * 10**step * mean_diagonal * identity)
-        if int(info) == 0 and bool(torch.isfinite(factor).all()):
-            return factor
+        found: torch.Tensor
+        found, info = torch.linalg.cholesky_ex(matrix + ridge * 10**step * identity)
+        if int(info) == 0 and bool(torch.isfinite(found).all()):
+            return found
     raise AssertionError("a positive semi-definite matrix plus a ridge has a Cholesky factor")

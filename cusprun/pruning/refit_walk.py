@@ -9,17 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from cusprun.checkpoint.index import CheckpointIndex
 from cusprun.checkpoint.reader import read_tensor
+from cusprun.codec import Indices
 from cusprun.families import axis_length
-from cusprun.pruning.refit import add_to_gram, mirror, refit
+from cusprun.pruning.gram import Gram
+from cusprun.pruning.refit import DEFAULT_RIDGE, RIDGES, RefitSettings, mean_bias, refit
+from cusprun.pruning.refit_documents import TokenWeights, anchor_documents, token_weights
 from cusprun.pruning.slicing import kept_positions
-from cusprun.records import LayerPlan, LayerRefit, Shape, TokenizedDocument
+from cusprun.pruning.surgeon import choose_channels
+from cusprun.records import LayerPlan, LayerRefit, TokenizedDocument
 from cusprun.walk.batches import Batch, make_batches
 from cusprun.walk.shell import DecoderShell
 from cusprun.walk.spill import Spill, spilled
@@ -55,19 +59,31 @@ class _Replay(nn.Module):
 
 @dataclass(frozen=True)
 class _Sublayer:
-    """One half of a block: its last projection, the axis that is cut, and the spill of its kept channels."""
+    """One half of a block: its last projection, the axis that is cut, and the spill of its channels."""
 
     projection: str
     axis: str
-    kept: Spill
+    channels: Spill
 
 
 @dataclass(frozen=True)
 class BlockRefit:
-    """New weights by tensor name, in the checkpoint's type, and one report for each fitted projection."""
+    """New weights and biases by tensor name, in the checkpoint's type, and a report for each projection.
+
+    ``kept`` is what the block keeps: the plan's units, but for FFN channels that were chosen again.
+    """
 
     weights: dict[str, torch.Tensor]
     reports: tuple[LayerRefit, ...]
+    kept: LayerPlan
+
+
+@dataclass(frozen=True)
+class _Grams:
+    """Of the tokens that are fitted, and of those that are only judged on."""
+
+    fit: Gram
+    apart: Gram
 
 
 class RefitWalk:
@@ -77,29 +93,29 @@ class RefitWalk:
         self,
         shell: DecoderShell,
         batches: Sequence[Batch],
-        hidden: Spill,
-        attended: Spill,
-        kept: tuple[Spill, Spill],
+        weights: TokenWeights,
+        settings: RefitSettings,
+        spills: tuple[Spill, Spill, Spill, Spill],
     ) -> None:
         modules = shell.index.family.modules
-        self._shell, self._batches = shell, batches
-        self._hidden, self._attended = hidden, attended
-        self._attention = _Sublayer(modules.attention_output, "heads", kept[0])
-        self._ffn = _Sublayer(modules.mlp_output, "ffn", kept[1])
+        self._shell, self._batches, self._weights, self._settings = shell, batches, weights, settings
+        self._hidden, self._attended = spills[:2]
+        self._attention = _Sublayer(modules.attention_output, "heads", spills[2])
+        self._ffn = _Sublayer(modules.mlp_output, "ffn", spills[3])
 
     def refit_block(self, layer: int, plan: LayerPlan) -> BlockRefit:
         """Fit one block of the model and move the stream past it."""
         modules = self._shell.index.family.modules
         block = self._shell.load_block(layer)
         attention, mlp = _Replay(returns_tuple=True), _Replay(returns_tuple=False)
-        result = BlockRefit({}, ())
+        result = BlockRefit({}, (), plan)
         with self._shell.holding(layer, block):
             with _replaced(block, {modules.mlp: mlp}):
-                project, result = self._fit(layer, block, self._attention, plan, result)
+                project, result = self._fit(layer, block, self._attention, result)
             for position in range(len(self._batches)):
                 self._attended.write(position, project(position))
             with _replaced(block, {modules.attention: attention}):
-                project, result = self._fit(layer, block, self._ffn, plan, result, attention)
+                project, result = self._fit(layer, block, self._ffn, result, attention)
             with _replaced(block, {modules.attention: attention, modules.mlp: mlp}):
                 for position in range(len(self._batches)):
                     attention.output = self._attended.read(position)
@@ -112,7 +128,6 @@ class RefitWalk:
         layer: int,
         block: nn.Module,
         sublayer: _Sublayer,
-        plan: LayerPlan,
         result: BlockRefit,
         attention: _Replay | None = None,
     ) -> tuple[Callable[[int], torch.Tensor], BlockRefit]:
@@ -123,42 +138,97 @@ class RefitWalk:
         """
         index = self._shell.index
         own = block.get_submodule(sublayer.projection)
-        weight, bias = own.get_parameter("weight"), getattr(own, "bias", None)
-        keep = kept_positions(sublayer.axis, plan, index.shape)
-        gram = self._collect(block, sublayer, keep, attention)
-        if keep is not None and gram is not None:
+        weight: torch.Tensor = own.get_parameter("weight")
+        bias: torch.Tensor | None = getattr(own, "bias", None)
+        keep = kept_positions(sublayer.axis, result.kept, index.shape)
+        grams = self._collect(block, sublayer, attention, measured=keep is not None)
+        if keep is not None:
             name = f"{index.family.layer_prefix(layer)}{sublayer.projection}.weight"
-            fitted = refit(read_tensor(index, name), mirror(gram), keep)
-            report = LayerRefit(
-                layer, sublayer.projection, fitted.relative_error_before, fitted.relative_error_after
-            )
-            result = BlockRefit({**result.weights, name: fitted.weight}, (*result.reports, report))
-            weight = nn.Parameter(fitted.weight.float(), requires_grad=False)
+            stored = read_tensor(index, name)
+            if self._settings.mode == "bias":
+                result, weight, bias = _biased(result, name, stored, grams.fit, keep, bias)
+            else:
+                if sublayer is self._ffn and self._settings.revise:
+                    keep = choose_channels(stored, grams.fit.total(), len(keep), unit=grams.fit.usual_scale())
+                    result = replace(result, kept=replace(result.kept, ffn_channels=Indices(keep)))
+                result, weight = _refitted(result, layer, sublayer.projection, name, stored, grams, keep)
 
         def project(position: int) -> torch.Tensor:
+            channels = sublayer.channels.read(position)
             with torch.inference_mode():
-                return nn.functional.linear(sublayer.kept.read(position), weight, bias)
+                return nn.functional.linear(channels if keep is None else channels[..., keep], weight, bias)
 
         return project, result
 
     def _collect(
-        self, block: nn.Module, sublayer: _Sublayer, keep: list[int] | None, attention: _Replay | None
-    ) -> torch.Tensor | None:
-        """Run a block up to one projection: spill the kept channels, return the Gram matrix of all."""
-        width = axis_length(sublayer.axis, self._shell.index.shape)
-        gram = None if keep is None else torch.zeros(width, width)
+        self, block: nn.Module, sublayer: _Sublayer, attention: _Replay | None, *, measured: bool
+    ) -> _Grams:
+        """Run a block up to one projection: spill its channels, return their Gram matrices."""
+        width = axis_length(sublayer.axis, self._shell.index.shape) if measured else 0
+        grams = _Grams(Gram(width), Gram(width))
         tap = _Tap(self._shell.index.shape.hidden_size)
         with _replaced(block, {sublayer.projection: tap}), torch.inference_mode():
-            for position, batch in enumerate(self._batches):
+            for position in range(len(self._batches)):
                 if attention is not None:
                     attention.output = self._attended.read(position)
                 self._shell.run(self._hidden.read(position))
-                if keep is None or gram is None:
-                    sublayer.kept.write(position, tap.channels)
-                else:
-                    add_to_gram(gram, tap.channels[batch.mask])
-                    sublayer.kept.write(position, tap.channels[..., keep])
-        return gram
+                sublayer.channels.write(position, tap.channels)
+                if measured:
+                    for gram, chosen in (
+                        (grams.fit, self._weights.fit[position]),
+                        (grams.apart, self._weights.apart[position]),
+                    ):
+                        rows = chosen > 0
+                        gram.add(tap.channels[rows], chosen[rows])
+        return grams
+
+
+def _refitted(
+    result: BlockRefit,
+    layer: int,
+    projection: str,
+    name: str,
+    stored: torch.Tensor,
+    grams: _Grams,
+    keep: list[int],
+) -> tuple[BlockRefit, torch.Tensor]:
+    judged = not grams.apart.is_empty
+    fitted = refit(
+        stored,
+        grams.fit.total(),
+        keep,
+        # Outliers are fitted all but exactly, and their energy would hide what is lost of the others.
+        apart=grams.apart.usual() if judged else None,
+        ridges=RIDGES if judged else (DEFAULT_RIDGE,),
+        unit=grams.fit.usual_scale(),
+    )
+    report = LayerRefit(
+        layer,
+        projection,
+        fitted.relative_error_before,
+        fitted.relative_error_after,
+        fitted.ridge,
+        "held-out" if judged else "calibration",
+    )
+    result = replace(
+        result, weights={**result.weights, name: fitted.weight}, reports=(*result.reports, report)
+    )
+    return result, fitted.weight.float()
+
+
+def _biased(
+    result: BlockRefit,
+    name: str,
+    stored: torch.Tensor,
+    gram: Gram,
+    keep: list[int],
+    bias: torch.Tensor | None,
+) -> tuple[BlockRefit, torch.Tensor, torch.Tensor]:
+    """Leave the kept columns as they are and add the mean of what went to the bias."""
+    added = mean_bias(stored, gram.means(), keep)
+    whole = added.float() if bias is None else bias + added.float()
+    weights = {name.removesuffix("weight") + "bias": whole.to(stored.dtype)}
+    return replace(result, weights={**result.weights, **weights}), stored[:, keep].float(), whole
 
 
 @contextmanager
@@ -176,16 +246,21 @@ def _replaced(block: nn.Module, stand_ins: Mapping[str, nn.Module]) -> Iterator[
 
 @contextmanager
 def refit_walk(
-    index: CheckpointIndex, documents: Sequence[TokenizedDocument], after: Shape
+    index: CheckpointIndex, documents: Sequence[TokenizedDocument], settings: RefitSettings
 ) -> Iterator[RefitWalk]:
-    """Yield a walk that stands before block 0; call :meth:`RefitWalk.refit_block` for each block in turn."""
+    """Yield a walk before block 0, which :meth:`RefitWalk.refit_block` takes past each kept block in turn."""
+    if settings.mode == "bias":
+        # The mean is that of the calibration tokens: all of them, and of no others.
+        settings = replace(settings, held_out=0, anchors=0)
+    documents = (*documents, *anchor_documents(documents, index, settings.anchors))
     batches = make_batches(documents)
     with (
         spilled(batches, index.shape.hidden_size) as hidden,
         spilled(batches, index.shape.hidden_size) as attended,
-        spilled(batches, axis_length("heads", after)) as kept_heads,
-        spilled(batches, axis_length("ffn", after)) as kept_ffn,
+        spilled(batches, axis_length("heads", index.shape)) as heads,
+        spilled(batches, axis_length("ffn", index.shape)) as channels,
     ):
         shell = DecoderShell(index)
         shell.embed_into(hidden, batches)
-        yield RefitWalk(shell, batches, hidden, attended, (kept_heads, kept_ffn))
+        weights = token_weights(batches, documents, settings)
+        yield RefitWalk(shell, batches, weights, settings, (hidden, attended, heads, channels))

@@ -1,21 +1,41 @@
-"""Writing the expert's weights, block by block: read, cut, refit, written, dropped."""
+"""Writing the expert's weights, block by block: read, cut, refit, renamed, written, dropped."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from cusprun.checkpoint.index import CheckpointIndex
 from cusprun.checkpoint.reader import read_tensor
-from cusprun.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, Declared
-from cusprun.families import axis_length
+from cusprun.checkpoint.writer import DEFAULT_SHARD_BYTES, TORCH_NAMES, CheckpointWriter, Declared
+from cusprun.families import TensorSpec, axis_length
 from cusprun.progress import SILENT, Progress
+from cusprun.pruning.biases import bias_flags, with_biases
+from cusprun.pruning.refit import RefitSettings
 from cusprun.pruning.refit_walk import BlockRefit, refit_walk
 from cusprun.pruning.slicing import cut_tensor
 from cusprun.records import LayerPlan, LayerRefit, Plan, TokenizedDocument
 
+DEFAULT_SETTINGS = RefitSettings()
 BlockFitter = Callable[[int, LayerPlan], BlockRefit]
+_TORCH_TYPES = {name: kind for kind, name in TORCH_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class WrittenWeights:
+    """What was written.
+
+    ``reports`` hold the refit's errors, two per block at the most (a projection that loses nothing is not
+    refit), by the source's numbers of blocks; ``layers`` what each kept block keeps: the plan's units, but
+    for FFN channels that the refit chose again.
+    """
+
+    reports: tuple[LayerRefit, ...]
+    layers: tuple[LayerPlan, ...]
 
 
 def write_weights(
@@ -24,58 +44,83 @@ def write_weights(
     folder: Path,
     documents: Sequence[TokenizedDocument] = (),
     *,
+    settings: RefitSettings = DEFAULT_SETTINGS,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress = SILENT,
-) -> tuple[LayerRefit, ...]:
+) -> WrittenWeights:
     """Write the cut weights into ``folder``; with ``documents`` the last projections are refit on them.
 
-    Returns the refit's errors, two per block at the most (a projection that loses nothing is not refit).
+    Blocks that go are left out of the walk, so that each block is fitted on the inputs that it will have.
 
     Raises:
         ModelError: weights cannot be read or are not finite.
+        PlanError: ``settings`` ask for biases that the family has no place for.
     """
     reports: list[LayerRefit] = []
-    num_layers = index.shape.num_hidden_layers
+    layers: list[LayerPlan] = []
+    fitted_on = documents if settings.mode != "none" else ()
+    stored = with_biases(index, compensating_flags(index, plan, settings))
     with (
-        CheckpointWriter(folder, _declare(index, plan), max_shard_bytes) as writer,
-        progress.stage("refit and write" if documents else "write", num_layers, "layer") as advance,
-        _fitter(index, plan, documents) as fit,
+        CheckpointWriter(folder, _declare(stored, plan), max_shard_bytes) as writer,
+        progress.stage("refit and write" if fitted_on else "write", len(plan.layers), "layer") as advance,
+        _fitter(index, fitted_on, settings) as fit,
     ):
         for spec in index.family.specs(0):
             if spec.name in index.tensors:
                 writer.write(spec.name, read_tensor(index, spec.name))
-        for layer, kept in enumerate(plan.layers):
+        for number, (layer, kept) in enumerate(zip(plan.kept_blocks, plan.layers, strict=True)):
             fitted = fit(layer, kept)
             reports.extend(fitted.reports)
-            for spec in index.family.layer_specs(layer):
+            layers.append(fitted.kept)
+            for spec, written in _renamed(index, layer, number):
                 if spec.name in fitted.weights:
-                    writer.write(spec.name, fitted.weights[spec.name])
+                    writer.write(written.name, fitted.weights[spec.name])
                 elif spec.name in index.tensors:
-                    writer.write(
-                        spec.name, cut_tensor(read_tensor(index, spec.name), spec, kept, index.shape)
-                    )
+                    whole = read_tensor(index, spec.name)
+                    writer.write(written.name, cut_tensor(whole, spec, fitted.kept, index.shape))
+                elif spec.name in stored.tensors:
+                    kind = _TORCH_TYPES[stored.tensors[spec.name].dtype]
+                    writer.write(written.name, torch.zeros(_shape(written, plan), dtype=kind))
             advance(1)
-    return tuple(reports)
+    return WrittenWeights(tuple(reports), tuple(layers))
+
+
+def compensating_flags(index: CheckpointIndex, plan: Plan, settings: RefitSettings) -> tuple[str, ...]:
+    """Return the config keys of the biases that the expert gets; none unless the mode is ``bias``.
+
+    Raises:
+        PlanError: the family has no place for them.
+    """
+    return bias_flags(index.family, plan.rule) if settings.mode == "bias" else ()
 
 
 def _declare(index: CheckpointIndex, plan: Plan) -> list[Declared]:
+    specs = [(spec, spec) for spec in index.family.specs(0)]
+    for number, layer in enumerate(plan.kept_blocks):
+        specs += _renamed(index, layer, number)
     return [
-        Declared(
-            spec.name,
-            index.tensors[spec.name].dtype,
-            tuple(axis_length(axis, plan.after) for axis in spec.axes),
-        )
-        for spec in index.family.specs(index.shape.num_hidden_layers)
+        Declared(written.name, index.tensors[spec.name].dtype, _shape(written, plan))
+        for spec, written in specs
         if spec.name in index.tensors
     ]
 
 
+def _renamed(index: CheckpointIndex, layer: int, number: int) -> Iterator[tuple[TensorSpec, TensorSpec]]:
+    """Pair the tensors of a block of the source with those of the block that it becomes."""
+    family = index.family
+    return zip(family.layer_specs(layer), family.layer_specs(number), strict=True)
+
+
+def _shape(spec: TensorSpec, plan: Plan) -> tuple[int, ...]:
+    return tuple(axis_length(axis, plan.after) for axis in spec.axes)
+
+
 @contextmanager
 def _fitter(
-    index: CheckpointIndex, plan: Plan, documents: Sequence[TokenizedDocument]
+    index: CheckpointIndex, documents: Sequence[TokenizedDocument], settings: RefitSettings
 ) -> Iterator[BlockFitter]:
     if documents:
-        with refit_walk(index, documents, plan.after) as walk:
+        with refit_walk(index, documents, settings) as walk:
             yield walk.refit_block
     else:
-        yield lambda _layer, _kept: BlockRefit({}, ())
+        yield lambda _layer, kept: BlockRefit({}, (), kept)

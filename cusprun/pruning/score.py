@@ -7,18 +7,26 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from torch import nn
 
+from cusprun.checkpoint.files import tokenizer_hash
 from cusprun.checkpoint.index import CheckpointIndex
 from cusprun.checkpoint.output import atomic_folder
 from cusprun.codec import dump_json
 from cusprun.errors import CorpusError, ModelError
-from cusprun.families import Modules
+from cusprun.families import Modules, TensorSpec
 from cusprun.progress import SILENT, Progress
-from cusprun.pruning.impact import channel_impacts, head_impacts
-from cusprun.pruning.store import STORE_FILE, StoredDocument, StoreInfo, layer_file, unit_counts
-from cusprun.records import Corpora, Shape
+from cusprun.pruning.impact import block_impacts, channel_norms, channel_sums, head_impacts, masked_channels
+from cusprun.pruning.magnitude import unit_squares
+from cusprun.pruning.store_layout import (
+    STORE_FILE,
+    StoredDocument,
+    StoreInfo,
+    empty_arrays,
+    layer_bytes,
+    layer_file,
+)
+from cusprun.records import Corpora
 from cusprun.version import __version__
 from cusprun.walk.batches import Batch, make_batches
 from cusprun.walk.shell import DecoderShell
@@ -43,16 +51,7 @@ def score_model(
         OutputError: ``out`` exists already or cannot be written.
     """
     documents = corpora.calibration
-    if not documents:
-        raise CorpusError("there are no calibration documents to score; add sources to the expert file")
-    info = StoreInfo(
-        model_hash=model_hash,
-        corpus_hash=corpus_hash,
-        expert_name=expert_name,
-        shape=index.shape,
-        documents=tuple(StoredDocument(d.dimension, d.text_hash, len(d.token_ids)) for d in documents),
-        cusprun_version=__version__,
-    )
+    info = store_info(index, corpora, model_hash=model_hash, corpus_hash=corpus_hash, expert_name=expert_name)
     batches = make_batches(documents)
     num_layers = index.shape.num_hidden_layers
     with (
@@ -63,21 +62,35 @@ def score_model(
         shell = DecoderShell(index)
         shell.embed_into(hidden, batches)
         for layer in range(num_layers):
-            arrays = _empty_arrays(index.shape, len(documents))
+            arrays = empty_arrays(index.shape, len(documents))
             for _ in _score_block(shell, layer, batches, hidden, arrays):
                 advance(1)
-            _require_finite(arrays, index, layer)
+            require_finite(arrays, index, layer)
             # Not save_file, whose own error hides that a disk is full.
-            (folder / layer_file(layer)).write_bytes(save(arrays))
+            (folder / layer_file(layer)).write_bytes(layer_bytes(info, layer, arrays))
         dump_json(info, folder / STORE_FILE)
     return out
 
 
-def _empty_arrays(shape: Shape, documents: int) -> dict[str, torch.Tensor]:
-    return {kind: torch.empty(documents, count) for kind, count in unit_counts(shape).items()}
+def store_info(
+    index: CheckpointIndex, corpora: Corpora, *, model_hash: str, corpus_hash: str, expert_name: str
+) -> StoreInfo:
+    """Describe a store of the calibration documents; raises ``CorpusError`` when there are none."""
+    if not corpora.calibration:
+        raise CorpusError("there are no calibration documents to score; add sources to the expert file")
+    return StoreInfo(
+        model_hash=model_hash,
+        corpus_hash=corpus_hash,
+        expert_name=expert_name,
+        shape=index.shape,
+        documents=tuple(map(StoredDocument.of, corpora.calibration)),
+        cusprun_version=__version__,
+        tokenizer_hash=tokenizer_hash(index.folder),
+    )
 
 
-def _require_finite(arrays: Mapping[str, torch.Tensor], index: CheckpointIndex, layer: int) -> None:
+def require_finite(arrays: Mapping[str, torch.Tensor], index: CheckpointIndex, layer: int) -> None:
+    """Raise ``ModelError`` when an array of block ``layer`` holds infinite values or no numbers."""
     if not all(bool(torch.isfinite(values).all()) for values in arrays.values()):
         raise ModelError(
             f"{index.folder}: the activations of block {layer} overflow float32 or are no numbers; "
@@ -95,24 +108,51 @@ def _score_block(
     """Run one block over all batches, filling ``arrays`` and moving the hidden states on."""
     modules, shape = shell.index.family.modules, shell.index.shape
     block = shell.load_block(layer)
-    attention_weight = block.get_parameter(f"{modules.attention_output}.weight")
-    mlp_weight = block.get_parameter(f"{modules.mlp_output}.weight")
+    weights = {
+        "attention": block.get_parameter(f"{modules.attention_output}.weight"),
+        "mlp": block.get_parameter(f"{modules.mlp_output}.weight"),
+    }
+    for name, weight in weights.items():
+        arrays[f"{name}.column_squares"] = weight.double().square().sum(dim=0)
+    for kind, squares in unit_squares(block_tensors(shell.index, layer, block), shape).items():
+        arrays[f"{kind}.weight_squares"] = squares
+    column_norms = arrays["mlp.column_squares"].sqrt().float()
     with shell.holding(layer, block), observed_inputs(block, modules) as inputs:
         for position, batch in enumerate(batches):
-            output = shell.run(hidden.read(position))
-            heads, groups = head_impacts(
-                inputs[modules.attention_output],
-                batch.mask,
-                attention_weight,
-                shape.head_dim,
-                shape.queries_per_group,
-            )
+            before = hidden.read(position)
+            output = shell.run(before)
             at = list(batch.documents)
-            arrays["query_head"][at] = heads
-            arrays["kv_group"][at] = groups
-            arrays["ffn_channel"][at] = channel_impacts(inputs[modules.mlp_output], batch.mask, mlp_weight)
+            channels = masked_channels(inputs[modules.attention_output], batch.mask)
+            arrays["query_head"][at], arrays["kv_group"][at] = head_impacts(
+                channels, None, weights["attention"], shape.head_dim, shape.queries_per_group
+            )
+            _add_sums(arrays, "attention", channels, channel_norms(channels))
+            channels = masked_channels(inputs[modules.mlp_output], batch.mask)
+            norms = channel_norms(channels)
+            arrays["ffn_channel"][at] = norms * column_norms
+            _add_sums(arrays, "mlp", channels, norms)
+            arrays["block"][at], increments = block_impacts(before, output, batch.mask)
+            arrays["block.sums"] += increments
             hidden.write(position, output)
             yield
+
+
+def _add_sums(
+    arrays: dict[str, torch.Tensor], name: str, channels: torch.Tensor, norms: torch.Tensor
+) -> None:
+    """Add one batch: masked channels [documents, tokens, channels], their norms [documents, channels]."""
+    arrays[f"{name}.sums"] += channel_sums(channels)
+    arrays[f"{name}.squares"] += norms.double().square().sum(dim=0)
+
+
+def block_tensors(
+    index: CheckpointIndex, layer: int, block: nn.Module
+) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
+    """Yield the tensors of a loaded block, each with the meaning of its axes."""
+    prefix = index.family.layer_prefix(layer)
+    for spec in index.family.layer_specs(layer):
+        if spec.name in index.tensors:
+            yield spec, block.get_parameter(spec.name.removeprefix(prefix))
 
 
 @contextmanager

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 
+from cusprun.checkpoint.index import CheckpointIndex
 from cusprun.errors import UserError, require_known
-from cusprun.families import Family, axis_length
-from cusprun.records import Shape
+from cusprun.families import Family, TensorSpec, axis_length
+from cusprun.records import UNITS, Shape
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+DEFAULT_UNITS = ("ffn_channel", "query_head", "kv_group")
+"""The kinds of units that may go when nothing else is said; whole blocks only on request."""
 
 DEFAULT_TARGETS = ("gguf:q8_0", "onnx:int4", "vllm:tp1")
 """Every runtime at its most common type: an expert planned without ``--for`` runs in all three."""
@@ -65,26 +69,78 @@ def parse_targets(texts: Sequence[str]) -> Constraints:
     return Constraints(multiple, ranks)
 
 
+def check_units(units: Sequence[str]) -> tuple[str, ...]:
+    """Return kinds of units in the order of ``UNITS``, the default ones when none is given.
+
+    Raises:
+        UserError: a kind is unknown; the nearest is suggested.
+    """
+    for unit in units:
+        require_known(unit, UNITS, "kind of unit")
+    return tuple(unit for unit in UNITS if unit in (units or DEFAULT_UNITS))
+
+
 def block_parameters(family: Family, shape: Shape, present: frozenset[str]) -> int:
     """Count one block's attention and FFN parameters, norms apart; ``present`` names the tensors stored."""
     return sum(
         math.prod(axis_length(axis, shape) for axis in spec.axes)
         for spec in family.layer_specs(0)
-        if spec.name in present and spec.axes != ("hidden",)
+        if spec.name in present and spec.axes != ("hidden",) and not spec.is_norm
     )
 
 
-def legal_head_counts(family: Family, shape: Shape, constraints: Constraints) -> Iterator[tuple[int, int]]:
-    """Yield the legal (KV heads, query heads) up to those of ``shape``; the full counts are always legal."""
-    for kv_heads in range(shape.num_key_value_heads, 0, -1):
-        for per_group in range(shape.queries_per_group, 0, -1):
+def all_block_parameters(index: CheckpointIndex, shape: Shape) -> int:
+    """Count the attention and FFN parameters of all blocks of ``shape``, norms apart."""
+    return block_parameters(index.family, shape, frozenset(index.tensors)) * shape.num_hidden_layers
+
+
+def stored_parameters(index: CheckpointIndex, shape: Shape) -> int:
+    """Count every parameter that the model of ``index`` stores when it is cut to ``shape``."""
+
+    def count(specs: Iterable[TensorSpec]) -> int:
+        return sum(
+            math.prod(axis_length(axis, shape) for axis in spec.axes)
+            for spec in specs
+            if spec.name in index.tensors
+        )
+
+    block = count(index.family.layer_specs(0))
+    return count(index.family.specs(0)) + block * shape.num_hidden_layers
+
+
+def legal_head_counts(
+    family: Family, shape: Shape, constraints: Constraints, units: Collection[str] = UNITS
+) -> Iterator[tuple[int, int]]:
+    """Yield the legal (KV heads, query heads) up to those of ``shape``; the full counts are always legal.
+
+    Only the kinds of ``units`` may go: without ``kv_group`` all groups stay, without ``query_head`` all
+    query heads of a group that stays.
+    """
+    full_groups, full_queries = shape.num_key_value_heads, shape.queries_per_group
+    for kv_heads in range(full_groups, 0 if "kv_group" in units else full_groups - 1, -1):
+        for per_group in range(full_queries, 0 if "query_head" in units else full_queries - 1, -1):
             heads = kv_heads * per_group
-            unchanged = kv_heads == shape.num_key_value_heads and per_group == shape.queries_per_group
+            unchanged = kv_heads == full_groups and per_group == full_queries
             divides = shape.hidden_size % heads == 0 or not family.heads_divide_hidden
             if unchanged or (divides and constraints.allows_heads(heads, kv_heads)):
                 yield kv_heads, heads
 
 
-def with_widths(shape: Shape, kv_heads: int, heads: int, ffn: int) -> Shape:
-    """Return ``shape`` with other head counts and FFN width."""
-    return replace(shape, num_key_value_heads=kv_heads, num_attention_heads=heads, intermediate_size=ffn)
+def legal_widths(shape: Shape, constraints: Constraints, units: Collection[str] = UNITS) -> list[int]:
+    """Return the legal FFN widths up to that of ``shape``, ascending; the full width is always legal."""
+    step = constraints.ffn_multiple
+    narrower = range(step, shape.intermediate_size, step) if "ffn_channel" in units else ()
+    return [*narrower, shape.intermediate_size]
+
+
+def with_widths(
+    shape: Shape, kv_heads: int, heads: int, ffn: int, num_hidden_layers: int | None = None
+) -> Shape:
+    """Return ``shape`` with other head counts and FFN width, and as many blocks as before unless given."""
+    return replace(
+        shape,
+        num_key_value_heads=kv_heads,
+        num_attention_heads=heads,
+        intermediate_size=ffn,
+        num_hidden_layers=num_hidden_layers or shape.num_hidden_layers,
+    )

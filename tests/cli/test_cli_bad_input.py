@@ -119,6 +119,49 @@ CASES = {
     "plan and ratio": Case(
         nothing, (*PRUNE, "--plan", "plan.json", "--ratio", "0.5"), ("plan", "leave out ratio")
     ),
+    "plan and units": Case(
+        nothing, (*PRUNE, "--plan", "plan.json", "--units", "block"), ("plan", "leave out units")
+    ),
+    "two budgets": Case(
+        nothing, (*PRUNE, "--ratio", "0.2", "--target-params", "1M"), ("only one budget", "target_params")
+    ),
+    "three budgets": Case(
+        nothing,
+        (*PRUNE, "--target-bytes", "1MB", "--target-params", "1M", "--max-loss", "5%"),
+        ("only one budget", "target_bytes", "max_loss"),
+    ),
+    "bad target-params": Case(nothing, (*PRUNE, "--target-params", "100MB"), ("100MB", "100M")),
+    "bad target-bytes": Case(nothing, (*PRUNE, "--target-bytes", "x"), ("'x'", "5GB")),
+    "bytes of no file": Case(
+        nothing, (*PRUNE, "--target-bytes", "1MB", "--for", "vllm:tp1"), ("exactly one", "gguf:q4_k_m")
+    ),
+    "bytes of two files": Case(
+        nothing, (*PRUNE, "--target-bytes", "1MB", "--for", "gguf:f16,gguf:q8_0"), ("2 gguf targets",)
+    ),
+    "bytes below any shape": Case(
+        nothing,
+        (*PRUNE, "--target-bytes", "9kB", "--for", "gguf:q8_0"),
+        ("nearest legal shapes", "bytes as gguf:q8_0"),
+    ),
+    "params above the model's": Case(
+        nothing, (*PRUNE, "--target-params", "900M"), ("asks for nothing", "the least cut is")
+    ),
+    "bad max-loss": Case(nothing, (*PRUNE, "--max-loss", "5"), ("5%",)),
+    "unknown unit": Case(nothing, (*PRUNE, "--units", "blok"), ("did you mean 'block'",)),
+    "unknown granularity": Case(nothing, (*PRUNE, "--granularity", "neurn"), ("did you mean 'neuron'",)),
+    "neurons with targets": Case(
+        nothing, (*PRUNE, "--granularity", "neuron", "--for", "gguf:f16"), ("leave out targets",)
+    ),
+    "weight of no form": Case(nothing, (*PRUNE, "--weight", "task"), ("language=0.3",)),
+    "weight given twice": Case(nothing, (*PRUNE, "--weight", "task=1,task=2"), ("two weights",)),
+    "weight below zero": Case(nothing, (*PRUNE, "--weight", "task=-1"), ("0 or above",)),
+    "weight of an unknown dimension": Case(nothing, (*PRUNE, "--weight", "tsak=1"), ("'task'",)),
+    "weight of a dimension that is not there": Case(
+        nothing, (*PRUNE, "--weight", "language=1"), ("no dimension 'language'",)
+    ),
+    "no weight above zero": Case(nothing, (*PRUNE, "--weight", "task=0,domain=0"), ("above 0",)),
+    "weights without refit": Case(nothing, (*PRUNE, "--weight", "task=2", "--no-refit"), ("refit",)),
+    "quantile without number": Case(nothing, (*PRUNE, "--rule", "quantile"), ("quantile:0.9",)),
     "missing model": Case(nothing, ("inspect", "./nowhere"), ("nowhere does not exist",)),
     "missing model of one word": Case(
         nothing, ("inspect", "nowhere"), ("nowhere does not exist", "owner/name")

@@ -20,7 +20,7 @@ from cusprun.corpus import build_corpora, load_expert
 from cusprun.errors import UserError
 from cusprun.pipeline.results import RunReport
 from cusprun.quality.report import EvalReport
-from cusprun.records import Manifest, Plan
+from cusprun.records import Manifest, NeuronManifest, Plan
 from serve.bench.records import BenchReport
 
 llama_cpp = pytest.mark.skipif(
@@ -65,12 +65,12 @@ def test_score_plan_edit_prune_through_files(work, cusprun) -> None:
     # Edited by hand: other FFN channels, fewer of them.
     edited = json.loads(Path("p.json").read_text())
     for layer in edited["layers"]:
-        layer["ffn_channels"] = "0-9 20-29"
+        layer["ffn_channels"] = "0-9 20-41"
     Path("p.json").write_text(json.dumps(edited))
     outcome = cusprun("prune", "model", *EXPERT, "--plan", "p.json", "--out", "expert")
     assert outcome.code == 0, outcome
     manifest = load_json(Manifest, Path("expert/cusprun.json"))
-    assert manifest.plan.after.intermediate_size == 20
+    assert manifest.plan.after.intermediate_size == 32
     assert manifest.source == "model"
     assert str(work) not in Path("expert/cusprun.json").read_text()
     with warnings.catch_warnings():
@@ -91,6 +91,93 @@ def test_prune_scores_once_and_finds_the_scores_again(work, cusprun) -> None:
     third = cusprun("prune", "model", *EXPERT, "--for", "gguf:f16", "--out", "c")
     assert third.code == 0
     assert "not scoring again" not in third.err
+
+
+@pytest.mark.parametrize("refit", ["--refit", "--no-refit"])
+def test_blocks_and_biases_through_the_command(work, cusprun, refit) -> None:
+    outcome = cusprun(
+        "prune", "model", *EXPERT, "--units", "block,ffn_channel", "--ratio", "0.6", "--for", "gguf:f16",
+        "--rule", "variance+bias", refit, "--out", "a",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome
+    assert "decoder blocks" in outcome.out
+    manifest = load_json(Manifest, Path("a/cusprun.json"))
+    assert manifest.plan.after.num_hidden_layers == 1
+    assert manifest.rule == "variance+bias"
+    assert json.loads(Path("a/config.json").read_text())["mlp_bias"] is (refit == "--refit")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = AutoModelForCausalLM.from_pretrained("a")
+    assert sum(p.numel() for p in loaded.parameters()) == manifest.parameters_after
+
+
+def test_budgets_in_parameters_and_bytes(work, cusprun) -> None:
+    model = AutoModelForCausalLM.from_pretrained("model")
+    wanted = round(0.8 * sum(p.numel() for p in model.parameters()))
+    outcome = cusprun(
+        "prune", "model", *EXPERT, "--target-params", f"{wanted / 1000}k", "--for", "gguf:f16", "--out", "a"
+    )
+    assert outcome.code == 0, outcome
+    assert load_json(Manifest, Path("a/cusprun.json")).parameters_after <= wanted
+    assert cusprun("export", "model", "--quant", "q8_0", "--no-verify", "--out", "whole.gguf").code == 0
+    wanted = round(0.85 * Path("whole.gguf").stat().st_size)
+    outcome = cusprun(
+        "prune", "model", *EXPERT, "--target-bytes", str(wanted), "--for", "gguf:q8_0,onnx:int4", "--out", "b"
+    )
+    assert outcome.code == 0, outcome
+    assert cusprun("export", "b", "--quant", "q8_0", "--no-verify", "--out", "b.gguf").code == 0
+    assert 0.7 * wanted < Path("b.gguf").stat().st_size <= wanted
+    (store,) = (work / "cache" / "scores").iterdir()
+    outcome = cusprun(
+        "plan", "model", "--scores", store, "--target-bytes", str(wanted), "--for", "gguf:q8_0",
+        "--units", "block,ffn_channel",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome
+    assert f"at most {wanted:,} bytes as gguf:q8_0" in outcome.out
+
+
+def test_the_largest_cut_within_a_loss(work, cusprun) -> None:
+    outcome = cusprun("prune", "model", *EXPERT, "--max-loss", "30%", "--for", "gguf:q8_0", "--out", "new/a")
+    assert outcome.code == 0, outcome
+    manifest = load_json(Manifest, Path("new/a/cusprun.json"))
+    search = manifest.measurements["max_loss"]
+    assert search["limit"] == pytest.approx(0.3)
+    assert 1 <= len(search["steps"]) <= 7
+    fitting = [step["block_ratio"] for step in search["steps"] if step["loss"] <= 0.3]
+    above = [step["block_ratio"] for step in search["steps"] if step["loss"] > 0.3]
+    assert manifest.plan.block_ratio == manifest.plan.ratio == max(fitting)
+    assert min(above, default=1) > max(fitting)
+    assert "30.00% above" in manifest.plan.budget
+    corpora = build_corpora(load_expert(Path("expert.yaml")), Path("model"))
+    documents = [document.token_ids for document in corpora.held_out]
+    ratio = perplexity(Path("new/a"), documents) / perplexity(Path("model"), documents)
+    assert ratio <= 1.3
+    (chosen,) = (step for step in search["steps"] if step["block_ratio"] == max(fitting))
+    assert ratio - 1 == pytest.approx(chosen["loss"], abs=1e-3)
+    assert sorted(path.name for path in Path("new").iterdir()) == ["a"]
+    assert outcome.err.count("not scoring again") == 0
+
+
+def test_a_loss_that_even_the_smallest_cut_exceeds_is_refused_with_the_number(work, cusprun) -> None:
+    arguments = ("--max-loss", "0.0001%", "--for", "gguf:q8_0", "--units", "block", "--no-refit")
+    outcome = cusprun("prune", "model", *EXPERT, *arguments, "--out", "new/a")
+    assert outcome.code == 2, outcome
+    assert "even the smallest cut is too much (50.0% of block parameters removed" in outcome.err
+    assert not Path("new").exists()
+
+
+def test_single_neurons_through_the_command(work, cusprun) -> None:
+    outcome = cusprun("prune", "model", *EXPERT, "--granularity", "neuron", "--ratio", "0.3", "--out", "a")
+    assert outcome.code == 0, outcome
+    assert "are zero" in outcome.out
+    manifest = load_json(NeuronManifest, Path("a/cusprun.json"))
+    assert (manifest.rule, manifest.ratio) == ("paper", 0.3)
+    before, after = (AutoModelForCausalLM.from_pretrained(name).state_dict() for name in ("model", "a"))
+    assert {name: tensor.shape for name, tensor in before.items()} == {
+        name: tensor.shape for name, tensor in after.items()
+    }
+    down = after["model.layers.0.mlp.down_proj.weight"]
+    assert int((down == 0).all(dim=0).sum()) == pytest.approx(0.3 * down.shape[1], abs=1)
 
 
 def test_shards_and_no_refit(work, cusprun) -> None:
@@ -242,7 +329,8 @@ def test_run_makes_everything_and_a_second_run_finds_everything(work, cusprun) -
 
 def test_run_can_leave_parts_out(work, cusprun) -> None:
     Path("recipe.yaml").write_text(
-        "model: model\nexpert: expert.yaml\nout: result\ntargets: [gguf:f16]\n"
+        "model: model\nexpert: expert.yaml\nout: result\ntargets: [gguf:q8_0]\n"
+        "target_bytes: 90kB\nunits: [block, ffn_channel]\nweights: {domain: 0.5}\n"
         "verify: false\nbench: false\neval: false\n"
     )
     outcome = cusprun("run", "recipe.yaml", "--json")
@@ -255,7 +343,8 @@ def test_run_can_leave_parts_out(work, cusprun) -> None:
 def test_a_recipe_reports_all_its_faults_with_lines(work, cusprun) -> None:
     Path("recipe.yaml").write_text(
         "model: model\nexpert: expert.yaml\nratio: 2\nrule: maen\ntargets: [gguf:q9]\nrefit: maybe\n"
-        "exports: [{to: gguf, quant: f61}]\nbenhc: true\n"
+        "exports: [{to: gguf, quant: f61}]\nbenhc: true\nunits: [blokc]\ntarget_params: lots\n"
+        "max_loss: 0\nweights: {task: -1, tsak: 1}\n"
     )
     outcome = cusprun("run", "recipe.yaml")
     assert outcome.code == 2
@@ -266,6 +355,12 @@ def test_a_recipe_reports_all_its_faults_with_lines(work, cusprun) -> None:
         (6, "'refit'"),
         (7, "'f16'"),
         (8, "'bench'"),
+        (9, "'block'"),
+        (10, "100M"),
+        (10, "only one budget"),
+        (11, "above 0"),
+        (12, "0 or above"),
+        (12, "'tsak'"),
     ):
         assert any(f"recipe.yaml:{line}:" in text and word in text for text in outcome.err.splitlines()), word
     assert "'out' is missing" in outcome.err
@@ -274,12 +369,21 @@ def test_a_recipe_reports_all_its_faults_with_lines(work, cusprun) -> None:
 
 def test_python_functions_take_text_and_paths(work) -> None:
     store = api.score("model", "expert.yaml", Path("store"))
-    plan = api.plan(Path("model"), [store], ratio=0.2, targets=("gguf:f16",))
+    plan = api.plan(Path("model"), [store], ratio=0.2, targets=("gguf:f16",), rule="mean")
     manifest = api.prune("model", load_expert(Path("expert.yaml")), "out", plan=plan)
     assert manifest.plan.layers == plan.layers
     assert api.inspect("out").num_parameters == manifest.parameters_after
     with pytest.raises(UserError, match="leave out scores"):
         api.prune("model", "expert.yaml", "other", plan=plan, scores=store)
+
+
+def test_a_plan_applied_as_it_was_made_gives_what_prune_gives_by_itself(work) -> None:
+    store = api.score("model", "expert.yaml", "store")
+    plan = api.plan("model", store, ratio=0.2, targets=("gguf:f16",))
+    planned = api.prune("model", "expert.yaml", "planned", plan=plan)
+    direct = api.prune("model", "expert.yaml", "direct", ratio=0.2, targets=("gguf:f16",))
+    assert planned.model_hash == direct.model_hash
+    assert planned.plan.layers == direct.plan.layers
 
 
 def test_the_version_and_python_m(work) -> None:

@@ -132,7 +132,12 @@ def planned(work, cusprun) -> dict:
         ('"kv_groups": "0-1"', '"kv_groups": "0-9999999999"', "kv_groups"),
         ('"kv_groups": "0-1"', '"kv_groups": [0, 1]', "text like"),
         ('"kv_groups": "0-1"', '"kv_groups": "²"', "kv_groups"),
-        ('"schema_version": 1', '"schema_version": 99', "schema_version"),
+        ('"schema_version": 2', '"schema_version": 99', "schema_version"),
+        ('"rule": "surgeon"', '"rule": "surgoen"', "did you mean 'surgeon'"),
+        ('"ratio": 0.25', '"ratio": 0.85', "says ratio 0.85"),
+        ('"kept_blocks": "0-1"', '"kept_blocks": "0"', "keeps 1 of the model's 2 blocks"),
+        ('"gguf:f16"', '"gguf:q4_k_m"', "multiple of 256"),
+        ('"ffn_channel",', '"ffn_chanel",', "did you mean 'ffn_channel'"),
     ],
 )
 def test_an_edited_plan_with_nonsense_is_refused(work, cusprun, planned, old, new, word) -> None:
@@ -156,11 +161,14 @@ def test_an_edited_plan_is_applied_as_it_stands(work, cusprun, planned) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
 def test_a_store_with_impossible_impacts_is_refused(work, cusprun, planned, value) -> None:
+    from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
     arrays = load_file("store/layer-00001.safetensors")
     arrays["ffn_channel"][0, 0] = value
-    save_file(arrays, "store/layer-00001.safetensors")
+    with safe_open("store/layer-00001.safetensors", framework="pt") as stream:
+        metadata = stream.metadata()
+    save_file(arrays, "store/layer-00001.safetensors", metadata)
     outcome = cusprun("plan", "model", "--scores", "store", "--for", "gguf:f16")
     assert outcome.code == 2, outcome
     assert "layer-00001.safetensors" in outcome.err

@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cusprun.pruning.refit import add_to_gram, mirror, refit
+from cusprun.pruning.gram import Gram, add_to_gram, mirror
+from cusprun.pruning.refit import RIDGES, mean_bias, refit
+from cusprun.pruning.surgeon import choose_channels
 
 
 def _problem(seed: int, tokens: int, n: int, features: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,12 +33,12 @@ def test_equals_the_augmented_least_squares_solution(
     channels, weight = _problem(seed, tokens, n, features)
     keep = sorted(data.draw(st.sets(st.integers(0, n - 1), min_size=1, max_size=n - 1)))
     survivors = channels[:, keep]
-    ridge = 1e-3 * float((survivors**2).sum(0).mean())
+    ridge = 1e-3 * float((channels**2).sum(0).mean())
     # Ridge towards the original weights is least squares with sqrt(ridge) rows appended.
     a = torch.cat([survivors, ridge**0.5 * torch.eye(len(keep), dtype=torch.float64)])
     b = torch.cat([channels @ weight.T, ridge**0.5 * weight[:, keep].T])
     expected = torch.linalg.lstsq(a, b, driver="gelsd").solution.T
-    fitted = refit(weight, channels.T @ channels, keep)
+    fitted = refit(weight, channels.T @ channels, keep, ridges=(1e-3,))
     torch.testing.assert_close(fitted.weight, expected, rtol=1e-5, atol=1e-6)
 
     output = channels @ weight.T
@@ -61,7 +63,7 @@ def test_gram_of_batches_is_the_gram_of_all(seed: int, n: int, tokens: int) -> N
 def test_a_duplicate_of_a_removed_channel_takes_over_its_weight() -> None:
     channels, weight = _problem(1, 400, 4, 3)
     channels[:, 3] = channels[:, 0]
-    fitted = refit(weight, channels.T @ channels, [0, 1, 2])
+    fitted = refit(weight, channels.T @ channels, [0, 1, 2], ridges=(1e-3,))
     wanted = weight[:, :3].clone()
     wanted[:, 0] += weight[:, 3]
     torch.testing.assert_close(fitted.weight, wanted, rtol=2e-2, atol=2e-2)
@@ -87,3 +89,124 @@ def test_singular_inputs_give_finite_weights_no_worse_than_before(case: str) -> 
 def test_keeps_the_type_of_the_weight() -> None:
     channels, weight = _problem(3, 30, 6, 4)
     assert refit(weight.bfloat16(), channels.T @ channels, [0, 2, 4]).weight.dtype == torch.bfloat16
+
+
+def _least_squares(
+    channels: torch.Tensor, weight: torch.Tensor, keep: list[int], ridge: float
+) -> torch.Tensor:
+    """The ridge solution by an independent solver, on rows appended for the penalty."""
+    survivors = channels[:, keep]
+    root = (ridge * float((channels**2).sum(0).mean())) ** 0.5
+    identity = torch.eye(len(keep), dtype=torch.float64)
+    rows = torch.cat([survivors, root * identity])
+    wanted = torch.cat([channels @ weight.T, root * weight[:, keep].T])
+    return torch.linalg.lstsq(rows, wanted, driver="gelsd").solution.T
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000), tokens=st.integers(4, 40), kept=st.integers(1, 7))
+def test_the_ridge_is_the_one_that_is_best_on_the_documents_kept_apart(
+    seed: int, tokens: int, kept: int
+) -> None:
+    channels, weight = _problem(seed, 2 * tokens, 8, 5)
+    fit, apart = channels[:tokens], channels[tokens:]
+    keep = list(range(kept))
+    output = apart @ weight.T
+    errors = {
+        ridge: float(((output - apart[:, keep] @ _least_squares(fit, weight, keep, ridge).T) ** 2).sum())
+        for ridge in RIDGES
+    }
+    before = float(((output - apart[:, keep] @ weight[:, keep].T) ** 2).sum())
+    fitted = refit(weight, fit.T @ fit, keep, apart=apart.T @ apart)
+    best = min(errors, key=errors.__getitem__)
+    total = float((output**2).sum())
+    assert fitted.relative_error_before == pytest.approx(before / total, rel=1e-6)
+    if fitted.ridge is None:
+        torch.testing.assert_close(fitted.weight, weight[:, keep])
+        assert errors[best] >= before * (1 - 1e-6)
+    else:
+        assert errors[fitted.ridge] == pytest.approx(errors[best], rel=1e-6)
+        assert fitted.relative_error_after == pytest.approx(errors[best] / total, rel=1e-4, abs=1e-9)
+        unit = float((fit**2).sum(0).mean())
+        share = fitted.ridge * unit / float((channels**2).sum(0).mean())
+        expected = _least_squares(channels, weight, keep, share)
+        torch.testing.assert_close(fitted.weight, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_columns_stay_when_no_refit_helps_on_the_documents_kept_apart() -> None:
+    generator = torch.Generator().manual_seed(4)
+    fit = torch.randn(6, 12, generator=generator, dtype=torch.float64)
+    apart = torch.zeros(6, 12, dtype=torch.float64)
+    apart[:, :6] = torch.randn(6, 6, generator=generator, dtype=torch.float64)
+    weight = torch.randn(4, 12, generator=generator, dtype=torch.float64)
+    fitted = refit(weight, fit.T @ fit, list(range(6)), apart=apart.T @ apart)
+    assert fitted.ridge is None
+    assert fitted.relative_error_after == fitted.relative_error_before
+    torch.testing.assert_close(fitted.weight, weight[:, :6])
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 1000), count=st.integers(1, 6))
+def test_the_surgeon_removes_what_costs_least_when_all_others_are_solved_again(seed: int, count: int) -> None:
+    channels, weight = _problem(seed, 30, 7, 3)
+    gram = channels.T @ channels
+    ridge = 1e-3
+    metric = gram + ridge * float(gram.diagonal().mean()) * torch.eye(7, dtype=torch.float64)
+
+    def cost(kept: list[int]) -> float:
+        """Smallest |(W - V) | in the metric over all V that are zero outside ``kept``."""
+        solution = torch.linalg.solve(metric[kept][:, kept], (weight @ metric)[:, kept].T).T
+        change = weight.clone()
+        change[:, kept] -= solution
+        return float((change @ metric * change).sum())
+
+    kept = list(range(7))
+    while len(kept) > count:
+        kept.remove(min(kept, key=lambda channel: cost([k for k in kept if k != channel])))
+    assert choose_channels(weight, gram, count, ridge=ridge, rounds=7 - count) == kept
+
+
+def test_the_surgeon_drops_doubles_before_small_channels() -> None:
+    channels, weight = _problem(5, 200, 6, 3)
+    channels[:, 5] = channels[:, 0]
+    channels[:, 3] *= 0.3
+    kept = choose_channels(weight, channels.T @ channels, 5)
+    assert {0, 5} & set(kept) != {0, 5}
+    assert 3 in kept
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_the_gram_of_usual_tokens_survives_tokens_a_thousand_times_their_size(alone: bool) -> None:
+    generator = torch.Generator().manual_seed(6)
+    usual = torch.randn(400, 24, generator=generator)
+    sink = 3000 * torch.randn(1, 24, generator=generator).expand(40, 24)
+    gram = Gram(24)
+    for rows in (usual, sink) if alone else (torch.cat([sink, usual]),):
+        gram.add(rows, torch.ones(len(rows)))
+    exact = usual.double().T @ usual.double()
+    rest = gram.total() - sink.double().T @ sink.double()
+    torch.testing.assert_close(rest, exact, rtol=1e-4, atol=1e-2)
+    torch.linalg.cholesky(gram.total() + 1e-3 * torch.eye(24, dtype=torch.float64))
+
+
+def test_weighted_rows_count_as_often_as_they_weigh() -> None:
+    rows = torch.randn(9, 5, generator=torch.Generator().manual_seed(7))
+    weights = torch.tensor([1.0, 2.0, 0.5] * 3)
+    gram = Gram(5)
+    gram.add(rows, weights)
+    torch.testing.assert_close(
+        gram.total(), (rows.T @ torch.diag(weights) @ rows).double(), rtol=1e-5, atol=1e-5
+    )
+    torch.testing.assert_close(
+        gram.means(), ((weights @ rows) / weights.sum()).double(), rtol=1e-5, atol=1e-6
+    )
+    assert Gram(5).is_empty
+    assert not gram.is_empty
+
+
+def test_the_bias_makes_the_mean_output_whole() -> None:
+    channels, weight = _problem(8, 50, 6, 4)
+    keep = [0, 2, 5]
+    bias = mean_bias(weight, channels.mean(0), keep)
+    left = channels @ weight.T - (channels[:, keep] @ weight[:, keep].T + bias)
+    torch.testing.assert_close(left.mean(0), torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-9)

@@ -1,0 +1,86 @@
+"""Gram matrices of channels over many tokens, exact enough for tokens of very different size.
+
+Attention sinks write activations whose squares are 10^6 times a usual token's. In float32 their rounding
+error alone would drown what the other tokens say, and the matrix would lose its Cholesky factor; so rows
+far above the median are added in float64, which costs little because they are few.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_BLOCK = 512
+_OUTLIER = 30.0
+"""Rows whose squared norm is this many times a usual row's are added in float64."""
+
+
+class Gram:
+    """a^T a over rows that come in batches; ``sums`` [n] and ``weight`` are those of the rows themselves."""
+
+    def __init__(self, width: int) -> None:
+        self._usual = torch.zeros(width, width)
+        self._outliers: torch.Tensor | None = None
+        self._sums = torch.zeros(width, dtype=torch.float64)
+        self._weight = 0.0
+        self._usual_square = float("inf")
+
+    def add(self, rows: torch.Tensor, weights: torch.Tensor) -> None:
+        """Add rows: float32 [tokens, n], each with its weight [tokens]."""
+        self._sums += (weights.to(rows.dtype) @ rows).double()
+        self._weight += float(weights.sum())
+        rows = rows * weights.sqrt().unsqueeze(-1)
+        squares = rows.square().sum(dim=-1)
+        if len(rows):
+            # The smallest batch median: a batch of first tokens alone holds nothing but outliers.
+            self._usual_square = min(self._usual_square, float(squares.median()))
+        outliers = squares > _OUTLIER * self._usual_square
+        if bool(outliers.any()):
+            if self._outliers is None:
+                self._outliers = torch.zeros_like(self._usual, dtype=torch.float64)
+            exact = rows[outliers].double()
+            self._outliers.addmm_(exact.T, exact)
+            rows = rows[~outliers]
+        add_to_gram(self._usual, rows)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no row with a weight was added."""
+        return self._weight == 0
+
+    def means(self) -> torch.Tensor:
+        """Return the weighted mean of the rows: float64 [n]."""
+        return self._sums / (self._weight or 1.0)
+
+    def usual(self) -> torch.Tensor:
+        """Return the symmetric matrix of the rows that are no outliers: float64 [n, n]."""
+        return mirror(self._usual.double())
+
+    def usual_scale(self) -> float:
+        """Return the mean diagonal of :meth:`usual`: the unit that a ridge is measured in.
+
+        That of the whole matrix would be the outliers', next to which a usual token weighs nothing.
+        """
+        return float(self._usual.diagonal().mean())
+
+    def total(self) -> torch.Tensor:
+        """Return the whole symmetric matrix: float64 [n, n]."""
+        total = self.usual()
+        return total if self._outliers is None else total.add_(self._outliers)
+
+
+def add_to_gram(gram: torch.Tensor, channels: torch.Tensor) -> None:
+    """Add ``channels^T channels`` to the upper block triangle of ``gram`` in place.
+
+    ``channels`` is [tokens, n]; ``gram`` [n, n]. Only blocks on and above the diagonal are computed, which
+    halves the work for large n; :func:`mirror` fills in the rest once.
+    """
+    size = gram.shape[0]
+    for start in range(0, size, _BLOCK):
+        stop = min(start + _BLOCK, size)
+        gram[start:stop, start:].addmm_(channels[:, start:stop].T, channels[:, start:])
+
+
+def mirror(gram: torch.Tensor) -> torch.Tensor:
+    """Return the symmetric matrix whose upper triangle ``gram`` holds."""
+    upper = torch.triu(gram)
+    return upper + torch.triu(gram, 1).T

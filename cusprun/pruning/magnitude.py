@@ -1,0 +1,52 @@
+"""Squared norms of the weights that belong to each unit, by the meaning of the tensors' axes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from cusprun.families import TensorSpec, axis_length
+from cusprun.records import Shape
+
+_UNIT_AXES = ("ffn", "heads", "kv")
+
+
+def axis_squares(tensors: Iterable[tuple[TensorSpec, torch.Tensor]], shape: Shape) -> dict[str, torch.Tensor]:
+    """Return, for the axes ``ffn``, ``heads`` and ``kv``, the squared weights at each position, added up.
+
+    Every tensor with such an axis counts, biases too; a fused axis (parts joined by ``+``) counts for each
+    of its parts. Float64 [length of the axis].
+    """
+    squares = {part: torch.zeros(axis_length(part, shape), dtype=torch.float64) for part in _UNIT_AXES}
+    for spec, tensor in tensors:
+        for axis, name in enumerate(spec.axes):
+            parts = name.split("+")
+            if not set(parts) & set(_UNIT_AXES):
+                continue
+            others = [other for other in range(tensor.dim()) if other != axis]
+            along = tensor.double().square()
+            along = along.sum(dim=others) if others else along
+            for part, piece in zip(
+                parts, along.split_with_sizes([axis_length(p, shape) for p in parts]), strict=True
+            ):
+                if part in squares:
+                    squares[part] += piece
+    return squares
+
+
+def unit_squares(tensors: Iterable[tuple[TensorSpec, torch.Tensor]], shape: Shape) -> dict[str, torch.Tensor]:
+    """Return the squared norm of all weights of every unit, float64 [units] per kind of unit.
+
+    A KV group holds its query heads, and the block holds them all (norms, which no unit owns, left out).
+    """
+    squares = axis_squares(tensors, shape)
+    heads = squares["heads"].view(-1, shape.head_dim).sum(dim=1)
+    groups = squares["kv"].view(-1, shape.head_dim).sum(dim=1)
+    groups = groups + heads.view(-1, shape.queries_per_group).sum(dim=1)
+    return {
+        "ffn_channel": squares["ffn"],
+        "query_head": heads,
+        "kv_group": groups,
+        "block": (squares["ffn"].sum() + groups.sum()).unsqueeze(0),
+    }
