@@ -6,9 +6,11 @@ PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-done
 PIP := $(PYTHON) -m pip --disable-pip-version-check
 SOURCES := cusprun exporters serve tests benchmarks
+NEED_DATA = test -n "$(DATA)" || { echo "give the data: make $@ DATA=FOLDER (see benchmarks/experts.py)" >&2; exit 2; }
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-rest lint types wheel-check bench-quality bench-cost bench-demo docs clean
+.PHONY: help setup demo test test-all test-rest lint types wheel-check bench-quality bench-paper bench-tradeoff \
+	bench-cost bench-demo docs clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -22,7 +24,7 @@ $(STAMP): pyproject.toml .ci/constraints.txt
 	test -x $(PYTHON) || $(BOOTSTRAP) -m venv $(VENV)
 	$(PIP) install --quiet torch==2.13.0
 	CMAKE_BUILD_PARALLEL_LEVEL=$${CMAKE_BUILD_PARALLEL_LEVEL:-$$(nproc)} \
-		$(PIP) install --quiet -c .ci/constraints.txt -e '.[llamacpp,datasets,demo,dev]'
+		$(PIP) install --quiet -c .ci/constraints.txt -e '.[llamacpp,datasets,demo,eval,plot,dev]'
 	touch $@
 
 demo: setup ## Prune, export, prove and measure a real model; prints one table.
@@ -47,9 +49,17 @@ types: setup ## Check types.
 wheel-check: setup ## Build the wheel and use it outside the checkout.
 	PYTHON=$(PYTHON) .ci/wheel-check
 
-bench-quality: setup ## Measure quality and time on SmolLM2; DATA=FOLDER holds gsm8k/ and xquad/.
-	@test -n "$(DATA)" || { echo "give the data: make bench-quality DATA=FOLDER (see benchmarks/quality.py)" >&2; exit 2; }
+bench-quality: setup ## Measure what pruning keeps; DATA=FOLDER holds gsm8k/ and xquad/.
+	@$(NEED_DATA)
 	$(PYTHON) benchmarks/quality.py --data "$(DATA)"
+
+bench-paper: setup ## Check the publication's ordering of neurons; DATA=FOLDER as above.
+	@$(NEED_DATA)
+	$(PYTHON) benchmarks/paper.py --data "$(DATA)"
+
+bench-tradeoff: setup ## Measure dimension weights and few documents; DATA=FOLDER as above.
+	@$(NEED_DATA)
+	$(PYTHON) benchmarks/tradeoff.py --data "$(DATA)"
 
 bench-cost: setup ## Time pruning against a plain forward pass.
 	$(PYTHON) benchmarks/cost.py
