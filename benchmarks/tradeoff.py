@@ -35,8 +35,8 @@ from cusprun.pruning.rules import DEFAULT_RULE
 from cusprun.records import Augment, Expert
 
 RATIO = 0.25
-LANGUAGE_WEIGHTS = (0.1, 0.3, 1.0, 3.0)
-FEW, MANY = 20, 200
+LANGUAGE_WEIGHTS = (0.3, 1.0, 3.0, 10.0)
+FEW, MADE, MANY = 20, 80, 200
 TEMPERATURE = 0.8
 
 
@@ -57,7 +57,7 @@ class Documents:
 
 DOCUMENTS = (
     Documents(FEW, 0, f"{FEW} real documents"),
-    Documents(FEW, MANY - FEW, f"{FEW} real documents and up to {MANY - FEW} that the model makes of them"),
+    Documents(FEW, MADE, f"{FEW} real documents and up to {MADE} that the model makes of them"),
     Documents(MANY, 0, f"{MANY} real documents"),
 )
 TABLES = ("weights", "documents")
