@@ -82,6 +82,7 @@ class Family:
     activation: str = "silu"
     partial_rotary: bool = False
     overflows_float16: bool = False
+    normalises_outputs: bool = False
     length_dependent_rope_types: tuple[str, ...] = ()
     gguf_layers: GgufLayers | None = None
 

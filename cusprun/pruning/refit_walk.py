@@ -28,6 +28,9 @@ from cusprun.walk.batches import Batch, make_batches
 from cusprun.walk.shell import DecoderShell
 from cusprun.walk.spill import Spill, spilled
 
+_NORM_EPSILON = 1e-6
+"""What norms add to a mean square before they divide by its root."""
+
 
 class _Tap(nn.Module):
     """Stands in for a last projection: keeps the channels it is given, returns zeros of the hidden size."""
@@ -166,7 +169,7 @@ class RefitWalk:
         """Run a block up to one projection: spill its channels, return their Gram matrices."""
         width = axis_length(sublayer.axis, self._shell.index.shape) if measured else 0
         grams = _Grams(Gram(width), Gram(width))
-        tap = _Tap(self._shell.index.shape.hidden_size)
+        tap, own = _Tap(self._shell.index.shape.hidden_size), block.get_submodule(sublayer.projection)
         with _replaced(block, {sublayer.projection: tap}), torch.inference_mode():
             for position in range(len(self._batches)):
                 if attention is not None:
@@ -174,13 +177,24 @@ class RefitWalk:
                 self._shell.run(self._hidden.read(position))
                 sublayer.channels.write(position, tap.channels)
                 if measured:
-                    for gram, chosen in (
-                        (grams.fit, self._weights.fit[position]),
-                        (grams.apart, self._weights.apart[position]),
-                    ):
-                        rows = chosen > 0
-                        gram.add(tap.channels[rows], chosen[rows])
+                    self._add(grams, tap.channels, own, position)
         return grams
+
+    def _add(self, grams: _Grams, channels: torch.Tensor, own: nn.Module, position: int) -> None:
+        """Add the tokens of one batch, each with its weight.
+
+        Where a norm stands between the projection and the residual stream it divides each token's output, and
+        with it the error, by the output's size: there every token weighs one over its mean square.
+        """
+        for gram, weights in (
+            (grams.fit, self._weights.fit[position]),
+            (grams.apart, self._weights.apart[position]),
+        ):
+            chosen = weights > 0
+            rows, weight = channels[chosen], weights[chosen]
+            if self._shell.index.family.normalises_outputs and len(rows):
+                weight = weight / own(rows).square().mean(dim=-1).clamp_min(_NORM_EPSILON)
+            gram.add(rows, weight)
 
 
 def _refitted(

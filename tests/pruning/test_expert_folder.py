@@ -269,6 +269,9 @@ def _solve_in_place(model: torch.nn.Module, linear: torch.nn.Linear, keep: list[
     if len(keep) == linear.in_features:
         return
     channels, weight = _calibration_inputs(model, linear), linear.weight.data.double()
+    if hasattr(model.model.layers[0], "post_feedforward_layernorm"):
+        # A norm behind the projection brings every token's output to one size.
+        channels = channels / (channels @ weight.T).square().mean(1, keepdim=True).sqrt()
     survivors = channels[:, keep]
     # The unit of the ridge is what usual tokens have on the diagonal; sinks are far above the median.
     squares = (channels**2).sum(1)
