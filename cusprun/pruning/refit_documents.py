@@ -80,9 +80,10 @@ def anchor_documents(
     """Return one-token documents, a seeded sample of the vocabulary.
 
     The first token of a text sees no other, so its activations depend on that token alone; it is also where
-    models put their attention sink, and a sink that breaks takes the whole text with it. The documents show
-    only the few tokens that they begin with; without anchors a text that begins with another one is lost. A
-    model that reads every text after a BOS token has one first token, and needs none.
+    models put their attention sink, and the documents show only the few tokens that they begin with. On
+    documents set apart (SmolLM2-135M, ratio 0.25) 3,000 anchors took general text from 3.08 to 2.96 times the
+    original's perplexity and the expert's from 1.091 to 1.089. A model that reads every text after a BOS
+    token has one first token, and needs none.
     """
     bos = index.config.get("bos_token_id")
     if not count or all(document.token_ids[0] == bos for document in documents):
