@@ -12,9 +12,11 @@ from cusprun.cli.options import (
     ExpertFile,
     JsonFile,
     Model,
+    Refit,
     RuleName,
     Targets,
     Units,
+    Weights,
     parse_weights,
     refuse_existing_json,
     refuse_same,
@@ -72,22 +74,8 @@ def sweep(
     rule: RuleName = None,
     targets: Targets = None,
     units: Units = None,
-    refit: Annotated[
-        bool,
-        typer.Option(
-            "--refit/--no-refit",
-            help="Make good for what goes: least squares, or biases with the rule variance+bias.",
-        ),
-    ] = True,
-    weight: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="DIMENSION=NUMBER",
-            help="How much the documents of a dimension count in the refit, like language=0.3 (default 1); "
-            "repeat for others.",
-            show_default=False,
-        ),
-    ] = None,
+    refit: Refit = True,
+    weight: Weights = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep every expert in the folder.")] = False,
 ) -> None:
     """Show how quality falls with size: score once, then make and measure an expert of each ratio."""

@@ -13,11 +13,13 @@ from cusprun.cli.options import (
     JsonFile,
     Model,
     Ratio,
+    Refit,
     RuleName,
     TargetBytes,
     TargetParams,
     Targets,
     Units,
+    Weights,
     parse_count,
     parse_share,
     parse_size,
@@ -121,22 +123,8 @@ def prune(
         str,
         typer.Option(help="unit removes whole units; neuron zeroes single neurons and keeps every shape."),
     ] = "unit",
-    refit: Annotated[
-        bool,
-        typer.Option(
-            "--refit/--no-refit",
-            help="Make good for what goes: least squares, or biases with the rule variance+bias.",
-        ),
-    ] = True,
-    weight: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="DIMENSION=NUMBER",
-            help="How much the documents of a dimension count in the refit, like language=0.3 (default 1); "
-            "repeat for others.",
-            show_default=False,
-        ),
-    ] = None,
+    refit: Refit = True,
+    weight: Weights = None,
     shard_size: Annotated[
         str | None, typer.Option(help="Most bytes in one weight file, like 2GB.", show_default=False)
     ] = None,

@@ -63,6 +63,23 @@ Units = Annotated[
         show_default=False,
     ),
 ]
+Refit = Annotated[
+    bool,
+    typer.Option(
+        "--refit/--no-refit",
+        help="Make good for what goes: least squares, or biases with the rule variance+bias.",
+    ),
+]
+Weights = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--weight",
+        metavar="DIMENSION=NUMBER",
+        help="How much the documents of a dimension count in the refit, like language=0.3 (default 1); "
+        "repeat for others.",
+        show_default=False,
+    ),
+]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", help="Also write the whole report to this file.", show_default=False)

@@ -175,7 +175,8 @@ def prune(
     Scores and plans itself when given neither ``scores`` nor ``plan``. The budget, ``rule``, ``targets`` and
     ``units`` are those of :func:`plan`; ``max_loss`` is one budget more: the largest cut whose perplexity on
     the held-out documents is at most that share above the original's, found by making and measuring up to
-    seven experts. A ``plan`` brings its own budget, rule, targets and units, and is applied as it stands.
+    seven experts. A ``plan`` brings its own budget, rule, targets and units; edited, it is applied as it
+    stands, else the rule ``surgeon`` lets the refit choose its FFN channels again.
     ``refit`` makes good for what went, by least squares or, with the rule ``variance+bias``, by biases;
     ``dimension_weights`` says how much the documents of a dimension count in the least squares (1 each). With
     ``granularity="neuron"`` single neurons of every matrix are zeroed by the rule (``paper`` unless given) in

@@ -131,7 +131,7 @@ def _fill_buffers(model: Any) -> None:
             model._init_weights(module)
         for name, _ in empty:
             if module.get_buffer(name).isnan().any():
-                raise NotImplementedError(f"{type(module).__name__} leaves its {name} empty")
+                raise RuntimeError(f"{type(module).__name__} leaves its {name} empty")
 
 
 def load_config(index: CheckpointIndex) -> Any:
