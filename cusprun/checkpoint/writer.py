@@ -22,6 +22,7 @@ from cusprun.checkpoint.safetensors_header import DTYPE_BYTES, build_header
 DEFAULT_SHARD_BYTES = 2_000_000_000
 TORCH_NAMES = {
     torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",
+    torch.float8_e4m3fn: "F8_E4M3", torch.int8: "I8", torch.int32: "I32", torch.int64: "I64",
 }  # fmt: skip
 
 

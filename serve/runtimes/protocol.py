@@ -21,6 +21,19 @@ class SpecialIds:
     stop: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class TopLogProbs:
+    """The likeliest next tokens after each token of a text, from a runtime that gives no whole logits.
+
+    ``ids`` int64 and ``log_probs`` float32 ``[tokens, k]``, likeliest first, in nats; ``next_log_probs``
+    float32 ``[tokens - 1]`` are those of the tokens that come next in the text, among the ``k`` or not.
+    """
+
+    ids: NDArray[np.int64]
+    log_probs: NDArray[np.float32]
+    next_log_probs: NDArray[np.float32]
+
+
 class Runtime(Protocol):
     """A loaded model with its tokenizer."""
 

