@@ -148,6 +148,10 @@ class Bench:
         }
 
 
+def _ratios(row: Row) -> str:
+    return ", ".join(f"{side} {ratio_of(row, side):.3f}" for side in SIDES)
+
+
 def _ratio_row(likelihoods: Likelihoods, original: Likelihoods) -> Row:
     row = asdict(corpus_quality(likelihoods, original))
     return {name: row[name] for name in ("documents", "predicted_tokens", "perplexity", "perplexity_ratio")}
@@ -185,11 +189,18 @@ class Ledger:
         return tables
 
     def finish(
-        self, name: str, jobs: Sequence[Job], describe: Callable[[], Row], *, fresh: bool = False
+        self,
+        name: str,
+        jobs: Sequence[Job],
+        describe: Callable[[], Row],
+        *,
+        fresh: bool = False,
+        show: Callable[[Row], str] | None = None,
     ) -> None:
         """Do the jobs of a table whose rows are missing; rows that no job makes any more are dropped.
 
-        ``describe`` gives what the table holds beside its rows, and is called when a row is missing.
+        ``describe`` gives what the table holds beside its rows, and is called when a row is missing; ``show``
+        says in a few words what a row found, its perplexity ratios otherwise.
         """
         table = self.tables.setdefault(name, {"rows": {}})
         known = {} if fresh else table["rows"]
@@ -210,7 +221,7 @@ class Ledger:
             # In the order of the jobs, whatever was there before.
             table["rows"] = {each.key: table["rows"][each.key] for each in jobs if each.key in table["rows"]}
             self.save()
-            shown = ", ".join(f"{side} {row[side]['perplexity_ratio']['value']:.3f}" for side in SIDES)
+            shown = (show or _ratios)(row)
             print(
                 f"{name}: {' '.join(map(str, job.label.values()))}: {shown}, {row['seconds']} s", flush=True
             )

@@ -37,7 +37,8 @@ from measuring import (
 
 from cusprun.codec import to_plain
 from cusprun.errors import require_known
-from cusprun.pipeline.artifacts import first_tokens, prove
+from cusprun.pipeline.calibration import first_tokens
+from cusprun.pipeline.proof import PARITY_TOKENS, prove
 from cusprun.pipeline.wishes import PruneWishes
 from cusprun.progress import SILENT
 from cusprun.pruning.planner import make_plan
@@ -45,7 +46,7 @@ from cusprun.pruning.refit import RefitSettings
 from cusprun.pruning.rules import DEFAULT_RULE, rule_entry
 from cusprun.quality.report import corpus_quality
 from cusprun.records import Plan
-from exporters.gguf import export_gguf
+from exporters.gguf import export
 
 RATIOS = (0.15, 0.25, 0.50)
 TARGETS: Mapping[str, Mapping[float, float]] = {
@@ -160,8 +161,8 @@ def export_parity(bench: Bench, folder: Path, quant: str) -> Row:
     """Export an expert and compare the file in llama.cpp with the checkpoint in transformers."""
     with bench.folder() as place:
         artifact = place.with_name(f"expert-{quant}.gguf")
-        export_gguf(folder, artifact, quant=quant)
-        (report,) = prove(folder, [artifact], first_tokens(bench.corpora.held_out), SILENT)
+        export(folder, artifact, quant=quant)
+        (report,) = prove(folder, [artifact], first_tokens(bench.corpora.held_out, PARITY_TOKENS), SILENT)
     return {
         "quant": quant,
         "verdict": report.verdict,

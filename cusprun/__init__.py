@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from cusprun.diagnosis import doctor as doctor
     from cusprun.pipeline.artifacts import bench as bench
     from cusprun.pipeline.artifacts import export as export
-    from cusprun.pipeline.artifacts import verify as verify
     from cusprun.pipeline.evaluation import evaluate as evaluate
     from cusprun.pipeline.models import import_gguf as import_gguf
     from cusprun.pipeline.models import inspect as inspect
     from cusprun.pipeline.overlap import overlap as overlap
+    from cusprun.pipeline.proof import verify as verify
     from cusprun.pipeline.run import run as run
     from cusprun.pipeline.stages import plan as plan
     from cusprun.pipeline.stages import prune as prune
@@ -53,7 +53,7 @@ _FUNCTIONS = {
     "plan": "cusprun.pipeline.stages",
     "prune": "cusprun.pipeline.stages",
     "export": "cusprun.pipeline.artifacts",
-    "verify": "cusprun.pipeline.artifacts",
+    "verify": "cusprun.pipeline.proof",
     "bench": "cusprun.pipeline.artifacts",
     "evaluate": "cusprun.pipeline.evaluation",
     "overlap": "cusprun.pipeline.overlap",

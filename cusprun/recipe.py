@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cusprun.corpus.yaml_tree import Section, Value, read_yaml
 from cusprun.errors import UserError, nearest
@@ -14,15 +14,19 @@ from cusprun.paths import expand_home
 from cusprun.pipeline.wishes import BUDGETS, DEFAULT_RATIO, PruneWishes
 from cusprun.records import DIMENSIONS, UNITS
 
+if TYPE_CHECKING:
+    from exporters.registry import Format
+
 N = TypeVar("N", int, float)
 
 
 @dataclass(frozen=True)
 class ExportSpec:
-    """One artifact: its format and precision."""
+    """One artifact: its format, precision, and the format's options that are not the default."""
 
     to: str
     quant: str
+    options: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def load_recipe(path: Path) -> Recipe:
     model = root.require("model", str, "", _not_blank)
     expert = root.require("expert", str, "", _not_blank)
     out = root.require("out", str, "", _not_blank)
-    exports = tuple(_export(item) for item in root.items("exports")) or (ExportSpec("gguf", "f16"),)
+    exports = _exports(root)
     recipe = Recipe(
         model=str(folder / model) if (folder / model).exists() else model,
         expert=str(folder / expand_home(expert)),
@@ -169,15 +173,39 @@ def _known(name: str, names: Iterable[str], what: str) -> str:
     return f"is the unknown {what} {name!r}{hint}"
 
 
+def _exports(root: Section) -> tuple[ExportSpec, ...]:
+    """Read ``exports``; two entries that would write the same output are a fault."""
+    items = root.items("exports")
+    specs = tuple(_export(item) for item in items) or (ExportSpec("gguf", "f16"),)
+    for number, spec in enumerate(specs):
+        if (spec.to, spec.quant) in [(other.to, other.quant) for other in specs[:number]]:
+            items[number].fault(f"{spec.to} in {spec.quant} is asked for twice; remove one")
+    return specs
+
+
 def _export(item: Value) -> ExportSpec:
     from exporters.registry import FORMATS
 
     section = item.section()
     to = section.take("to", str, "gguf", lambda name: _known(name, FORMATS, "format"))
-    quant = section.require(
-        "quant", str, "f16", lambda name: _known(name, FORMATS[to].quants, f"{to} precision")
+    chosen = FORMATS.get(to, FORMATS["gguf"])
+    quant = section.take(
+        "quant", str, chosen.default_quant, lambda name: _known(name, chosen.quants, f"{to} precision")
     )
-    return ExportSpec(to, quant)
+    options = section.section("options")
+    return ExportSpec(to, quant, () if options is None else tuple(_options(options, chosen)))
+
+
+def _options(section: Section, chosen: Format) -> Iterator[tuple[str, Any]]:
+    """Read the fields of a format's ``Options`` that are given, each as the type of its default."""
+    for field in chosen.option_fields():
+        if not section.has(field.name):
+            continue
+        if isinstance(field.default, tuple):
+            yield field.name, tuple(item.scalar(str, "") for item in section.items(field.name))
+        else:
+            kind = int if field.default is None else type(field.default)
+            yield field.name, section.take(field.name, kind, field.default)
 
 
 def _bench(root: Section, exports: tuple[ExportSpec, ...]) -> BenchSpec | None:

@@ -6,6 +6,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cusprun.errors import ExportError
 from cusprun.llamacpp_log import collect_errors
 
@@ -54,7 +56,7 @@ def _decode_one(llama_cpp: Any, model: Any, vocab_size: int, messages: list[str]
         if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(token, 1)):
             raise ExportError(f"llama.cpp cannot run the exported file: {_reason(messages)}")
         logits = llama_cpp.llama_get_logits_ith(context, -1)
-        if not all(abs(value) < float("inf") for value in logits[:vocab_size]):
+        if not np.isfinite(np.ctypeslib.as_array(logits, shape=(vocab_size,))).all():
             raise ExportError("llama.cpp computes logits that are not finite from the exported file")
     finally:
         llama_cpp.llama_free(context)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ import gguf
 import yaml
 
 from cusprun.checkpoint.index import CheckpointIndex
+from cusprun.version import __version__
 from exporters.gguf_rope import Rope
+from exporters.gguf_support import sliding_blocks
 from exporters.gguf_vocab import GgufVocab
 
 _DEFAULT_RMS_EPS = 1e-6  # of the stock configs
 _DEFAULT_CONTEXT = 2048
 MANIFEST_NAME = "cusprun.json"
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*)/([\w.-]+)")
 
 
 def add_architecture(writer: gguf.GGUFWriter, index: CheckpointIndex, rope: Rope) -> None:
@@ -32,8 +36,9 @@ def add_architecture(writer: gguf.GGUFWriter, index: CheckpointIndex, rope: Rope
     writer.add_value_length(shape.head_dim)
     writer.add_layer_norm_rms_eps(float(config.get("rms_norm_eps") or _DEFAULT_RMS_EPS))
     writer.add_vocab_size(shape.vocab_size)
-    writer.add_rope_dimension_count(shape.head_dim)
+    writer.add_rope_dimension_count(rope.stated_dimensions)
     writer.add_rope_freq_base(rope.theta)
+    _add_windows(writer, index, rope)
     if rope.scaling == "none":
         return
     writer.add_rope_scaling_type(gguf.RopeScalingType(rope.scaling))
@@ -43,6 +48,18 @@ def add_architecture(writer: gguf.GGUFWriter, index: CheckpointIndex, rope: Rope
         writer.add_rope_scaling_attn_factors(rope.attention_factor)
         writer.add_rope_scaling_yarn_beta_fast(rope.beta_fast)
         writer.add_rope_scaling_yarn_beta_slow(rope.beta_slow)
+
+
+def _add_windows(writer: gguf.GGUFWriter, index: CheckpointIndex, rope: Rope) -> None:
+    """Write which blocks have a window, and how wide; a family in which all might says that none has."""
+    blocks = sliding_blocks(index)
+    if any(blocks):
+        assert rope.sliding_theta is not None
+        writer.add_sliding_window(int(index.family.setting(index.config, "sliding_window")))
+        writer.add_sliding_window_pattern(blocks)
+        writer.add_rope_freq_base_swa(rope.sliding_theta)
+    elif index.family.sliding_window == "always":
+        writer.add_sliding_window(0)
 
 
 def add_vocab(writer: gguf.GGUFWriter, vocab: GgufVocab) -> None:
@@ -79,22 +96,61 @@ def add_provenance(writer: gguf.GGUFWriter, index: CheckpointIndex) -> None:
     """Write name, licence and source as far as the folder's model card and manifest state them."""
     card, manifest = _model_card(index.folder), _manifest(index.folder)
     expert = manifest.get("expert")
-    name = expert.get("name") if isinstance(expert, dict) else None
+    expert_name = expert.get("name") if isinstance(expert, dict) else None
+    bases = _bases(card, manifest)
+    name = str(expert_name or index.folder.absolute().name)
     writer.add_type("model")
-    writer.add_name(str(name or index.folder.absolute().name))
+    writer.add_name(name)
+    writer.add_basename(_basename(bases[0][1] if bases else name))
+    if expert_name:
+        writer.add_finetune(str(expert_name))
     writer.add_size_label(gguf.size_label(index.num_parameters, index.num_parameters, 0, 0))
-    if isinstance(card.get("license"), str):
-        writer.add_license(card["license"])
-    source = manifest.get("source") or card.get("base_model")
-    if isinstance(source, str):
-        writer.add_base_model_count(1)
-        writer.add_base_model_name(0, source)
-    for key in ("cusprun_version", "source", "source_hash", "model_hash", "corpus_hash", "rule", "created"):
+    writer.add_quantized_by(f"cusprun {__version__}")
+    _add_card(writer, card)
+    if bases:
+        writer.add_base_model_count(len(bases))
+    for number, (organization, base) in enumerate(bases):
+        writer.add_base_model_name(number, base)
+        if organization:
+            writer.add_base_model_organization(number, organization)
+    for key in ("cusprun_version", "source_hash", "model_hash", "corpus_hash", "rule", "created"):
         if isinstance(manifest.get(key), str):
             writer.add_string(f"cusprun.{key.removeprefix('cusprun_')}", manifest[key])
     plan = manifest.get("plan")
     if isinstance(plan, dict) and isinstance(plan.get("ratio"), int | float):
         writer.add_float32("cusprun.ratio", float(plan["ratio"]))
+
+
+def _bases(card: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return organisation and name of each model this one was made from; a path gives its last part only."""
+    stated = manifest.get("source") or card.get("base_model")
+    sources = [source for source in (stated if isinstance(stated, list) else [stated]) if source]
+    bases = []
+    for source in sources:
+        named = _HUB_ID.fullmatch(str(source))
+        bases.append((named[1], named[2]) if named else ("", str(source).rstrip("/").rsplit("/", 1)[-1]))
+    return bases
+
+
+def _basename(name: str) -> str:
+    """Return the name of the model without size, version and fine-tune, where it follows the usual form."""
+    return str(gguf.Metadata.get_model_id_components(name)[2] or name)
+
+
+def _add_card(writer: gguf.GGUFWriter, card: Mapping[str, Any]) -> None:
+    """Write what a model card says about the licence, the languages and the model's tags."""
+    for key, add in (
+        ("license", writer.add_license),
+        ("license_name", writer.add_license_name),
+        ("license_link", writer.add_license_link),
+    ):
+        if isinstance(card.get(key), str):
+            add(card[key])
+    for key, add_list in (("tags", writer.add_tags), ("language", writer.add_languages)):
+        stated = card.get(key)
+        found = [str(entry) for entry in (stated if isinstance(stated, list) else [stated]) if entry]
+        if found:
+            add_list(found)
 
 
 def _manifest(folder: Path) -> Mapping[str, Any]:

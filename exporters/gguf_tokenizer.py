@@ -1,7 +1,8 @@
 """A tokenizer as transformers really runs it, opened up.
 
 The serialised form of the loaded tokenizer is read, not the file in the folder: transformers 5 rebuilds
-some tokenizers (LlamaTokenizer among them) with another normalizer than their tokenizer.json states.
+some tokenizers (LlamaTokenizer among them) with another normalizer than their tokenizer.json states. Where it
+takes tokenizer.json as it stands, so does ``gguf_tokenizer_file``.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from cusprun.checkpoint.files import TOKENIZER_FILES
 from cusprun.checkpoint.gguf_tokenizer import pre_tokenizers
 from cusprun.errors import ExportError
+from exporters.gguf_tokenizer_file import SPECIAL_NAMES, StatedTokenizer, read_stated
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -40,15 +42,34 @@ def _flatten(step: Mapping[str, Any] | None, children: str) -> list[Mapping[str,
 
 @dataclass(frozen=True)
 class LoadedTokenizer:
-    """The tokenizer object of transformers and its serialised parts."""
+    """The parts of a tokenizer as its library serialises them, and what stands in the files beside it.
+
+    ``added_around`` are the ids that it puts before and after a text, ``special_ids`` the named tokens
+    (``bos``, ``eos``, ``unk``, ``pad``), ``templates`` the chat templates by name, a lone one ``default``.
+    """
 
     folder: Path
-    hf: Any
     model: Mapping[str, Any]
     added: tuple[Mapping[str, Any], ...]
     normalizers: tuple[Mapping[str, Any], ...]
     pre_tokenizers: tuple[Mapping[str, Any], ...]
+    added_around: tuple[int | None, int | None]
+    special_ids: Mapping[str, int]
+    templates: Mapping[str, str]
     generation_config: Mapping[str, Any]
+
+    @cached_property
+    def hf(self) -> Any:
+        """The tokenizer object of transformers, loaded when it is asked for."""
+        return _load(self.folder)
+
+    def special_id(self, name: str) -> int | None:
+        """Return the id of the special token ``name`` (``bos``, ``eos``, ``unk``, ``pad``)."""
+        return self.special_ids.get(name)
+
+    def chat_templates(self) -> dict[str, str]:
+        """Return the chat templates by name; a lone one is called ``default``."""
+        return dict(self.templates)
 
     def token_texts(self) -> dict[int, str]:
         """Return id to text, added tokens included."""
@@ -76,29 +97,6 @@ class LoadedTokenizer:
         )
         return [(left, right) for left, right in pairs]
 
-    def added_around(self) -> tuple[int | None, int | None]:
-        """Return the ids that the tokenizer itself puts before and after a text, found by trying it.
-
-        Raises:
-            ExportError: it adds more than one token on a side, which GGUF cannot say.
-        """
-        bare = list(self.hf("a", add_special_tokens=False)["input_ids"])
-        full = list(self.hf("a")["input_ids"])
-        for start in range(len(full) - len(bare) + 1):
-            if full[start : start + len(bare)] == bare:
-                before, after = full[:start], full[start + len(bare) :]
-                if len(before) <= 1 and len(after) <= 1:
-                    return (before[0] if before else None), (after[0] if after else None)
-        raise ExportError(
-            f"{self.folder}: the tokenizer turns a text of {len(bare)} tokens into {full}; GGUF can only say "
-            "that one token is added before and one after"
-        )
-
-    def special_id(self, name: str) -> int | None:
-        """Return the id of the special token ``name`` (``bos``, ``eos``, ``unk``, ``pad``)."""
-        found = getattr(self.hf, f"{name}_token_id", None)
-        return int(found) if isinstance(found, int) else None
-
     def unknown_id(self) -> int | None:
         """Return the id of the unknown token, of the tokenizer or of its model."""
         found = self.special_id("unk")
@@ -113,13 +111,6 @@ class LoadedTokenizer:
                 if isinstance(stop, int) and stop not in stops:
                     stops.append(stop)
         return stops
-
-    def chat_templates(self) -> dict[str, str]:
-        """Return the chat templates by name; a lone one is called ``default``."""
-        template = getattr(self.hf, "chat_template", None)
-        if isinstance(template, dict):
-            return {str(name): str(text) for name, text in template.items()}
-        return {"default": template} if template else {}
 
     def is_space_replacement(self, step: Mapping[str, Any]) -> bool:
         """Return whether a normalizer only turns spaces into the space mark or joins runs of them."""
@@ -141,30 +132,75 @@ def _joins_spaces(step: Mapping[str, Any]) -> bool:
     return bool(step["type"] == "Replace" and step["pattern"] == {"Regex": " {2,}"})
 
 
-def load_tokenizer(folder: Path) -> LoadedTokenizer:
+def load_tokenizer(folder: Path, model_type: str = "") -> LoadedTokenizer:
     """Load the tokenizer of a folder, offline and without running code from it.
+
+    Transformers itself is asked only where it may do something else than ``tokenizer.json`` says: importing
+    it takes seconds and a quarter of a gigabyte.
 
     Raises:
         ExportError: the folder holds no tokenizer, or one that transformers cannot load as a fast one.
     """
-    from transformers import AutoTokenizer
-
     if not any((folder / name).is_file() for name in TOKENIZER_FILES if name in _LOADABLE):
         raise ExportError(f"{folder} holds no tokenizer (no {', '.join(sorted(_LOADABLE))}); add its files")
+    stated = read_stated(folder, model_type) or _run_transformers(folder)
+    return LoadedTokenizer(
+        folder=folder,
+        model=stated.plain["model"],
+        added=tuple(stated.plain["added_tokens"]),
+        normalizers=tuple(_flatten(stated.plain["normalizer"], "normalizers")),
+        pre_tokenizers=tuple(_flatten(stated.plain["pre_tokenizer"], "pretokenizers")),
+        added_around=stated.added_around,
+        special_ids=stated.special_ids,
+        templates=stated.chat_templates,
+        generation_config=_generation_config(folder),
+    )
+
+
+def _load(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
     try:
-        hf = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        plain = json.loads(hf.backend_tokenizer.to_str())
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception on a damaged file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ExportError(f"{folder}: the tokenizer cannot be loaded ({reason}); restore its files") from None
-    return LoadedTokenizer(
-        folder=folder,
-        hf=hf,
-        model=plain["model"],
-        added=tuple(plain["added_tokens"]),
-        normalizers=tuple(_flatten(plain["normalizer"], "normalizers")),
-        pre_tokenizers=tuple(_flatten(plain["pre_tokenizer"], "pretokenizers")),
-        generation_config=_generation_config(folder),
+
+
+def _run_transformers(folder: Path) -> StatedTokenizer:
+    hf = _load(folder)
+    backend = getattr(hf, "backend_tokenizer", None)
+    if backend is None:
+        raise ExportError(
+            f"{folder}: the tokenizer cannot be loaded as a fast one ({type(hf).__name__}); restore its files"
+        )
+    plain = json.loads(backend.to_str())
+    ids = {name: getattr(hf, f"{name}_token_id", None) for name in SPECIAL_NAMES}
+    template = getattr(hf, "chat_template", None)
+    if isinstance(template, dict):
+        templates = {str(name): str(text) for name, text in template.items()}
+    else:
+        templates = {"default": str(template)} if template else {}
+    return StatedTokenizer(
+        plain=plain,
+        added_around=_tried_around(hf, folder),
+        special_ids={name: int(found) for name, found in ids.items() if isinstance(found, int)},
+        chat_templates=templates,
+    )
+
+
+def _tried_around(hf: Any, folder: Path) -> tuple[int | None, int | None]:
+    """Return the ids that a tokenizer of transformers puts before and after a text, found by trying it."""
+    bare = list(hf("a", add_special_tokens=False)["input_ids"])
+    full = list(hf("a")["input_ids"])
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            before, after = full[:start], full[start + len(bare) :]
+            if len(before) <= 1 and len(after) <= 1:
+                return (before[0] if before else None), (after[0] if after else None)
+    raise ExportError(
+        f"{folder}: the tokenizer turns a text of {len(bare)} tokens into {full}; GGUF can only say "
+        "that one token is added before and one after"
     )
 
 

@@ -51,7 +51,7 @@ def read_vocab(folder: Path, vocab_size: int, config: Mapping[str, Any]) -> Gguf
         ExportError: there is no tokenizer, it holds more tokens than the embedding has rows, or it does
             something that llama.cpp cannot reproduce.
     """
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, str(config.get("model_type", "")))
     losses = list(_added_token_losses(tokenizer))
     tokens = _token_list(tokenizer, vocab_size, losses)
     algorithm = _ALGORITHMS.get(tokenizer.model["type"])
@@ -61,7 +61,7 @@ def read_vocab(folder: Path, vocab_size: int, config: Mapping[str, Any]) -> Gguf
             f"{', '.join(sorted(_ALGORITHMS))}); export to another format"
         )
     fields = algorithm(tokenizer, tokens, losses)
-    bos, eos = tokenizer.added_around()
+    bos, eos = tokenizer.added_around
     return GgufVocab(
         tokens=tuple(tokens),
         token_types=tuple(_token_types(tokenizer, tokens, fields["model"])),
@@ -168,6 +168,15 @@ def _sentencepiece_bpe(tokenizer: LoadedTokenizer, tokens: list[str], losses: li
     rank: dict[str, int] = {}
     for position, (left, right) in enumerate(tokenizer.merges()):
         rank.setdefault(left + right, position)
+    unmade = [
+        text
+        for text, kind in zip(tokens, _token_types(tokenizer, tokens, "llama"), strict=True)
+        if kind == _NORMAL and len(text) > 1 and text not in rank
+    ]
+    if unmade:
+        losses.append(
+            f"{len(unmade)} tokens ({unmade[0]!r}, ...) come from no merge; llama.cpp makes them last"
+        )
     return {
         "model": "llama",
         "pre": "default",

@@ -18,11 +18,15 @@ else:
     import tomli as tomllib
 
 
+LOGITS, LOG_PROBS = "logit", "log-probability"
+"""What was compared: whole rows of logits, or the likeliest tokens that a server names."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """What an artifact may differ by; ``None`` sets no limit. See ``limits.toml`` for units and reasons."""
 
-    kv_cache: str = "f16"
+    kv_cache: str | None = None
     max_abs_logit_difference: float | None = None
     mean_kl_max: float | None = None
     top1_agreement_min: float | None = None
@@ -66,7 +70,8 @@ class LogitParity:
 
     KL is that of the reference's distribution from the candidate's, in nats; perplexities are over the next
     tokens of the documents; ``greedy_agreement`` is the share of continuation tokens up to the first that
-    differs. A value that is not finite is ``None``.
+    differs. A value that is not finite is ``None``. Where ``compared`` is ``log-probability``, the KL is over
+    the named tokens and the rest as one, a lower bound, and the largest difference that of a log-probability.
     """
 
     documents: int
@@ -78,11 +83,15 @@ class LogitParity:
     perplexity_reference: float | None
     perplexity_candidate: float | None
     greedy_agreement: float
+    compared: str = LOGITS
 
 
 @dataclass(frozen=True)
 class ParityReport:
-    """The verdict (``pass`` or ``fail``) with everything it rests on; ``failures`` says why in sentences."""
+    """The verdict (``pass`` or ``fail``) with everything it rests on; ``failures`` says why in sentences.
+
+    ``first_difference`` names the first tensor of a failed artifact that is not what the precision explains.
+    """
 
     verdict: str
     failures: tuple[str, ...]
@@ -96,6 +105,7 @@ class ParityReport:
     reference_sha256: str = ""
     artifact_sha256: str = ""
     artifact: str = ""
+    first_difference: str | None = None
     schema_version: int = 1
 
 
@@ -105,10 +115,16 @@ def _limit_table() -> Mapping[str, Mapping[str, Any]]:
     return tomllib.loads(text)
 
 
-def limits_for(format_name: str, quant: str) -> Limits:
-    """Return the limits of a format and precision; raises ``ExportError`` for one that has none."""
+def limits_for(format_name: str, quant: str, activation: str = "") -> Limits:
+    """Return the limits of a format and precision; raises ``ExportError`` for one that has none.
+
+    Where a runtime computes the FFN's ``activation`` in less precision than the rest, that activation has
+    limits of its own, which replace the others.
+    """
     table = _limit_table()
     require_known(format_name, table, "format in the parity limits", ExportError)
     require_known(quant, table[format_name], f"{format_name} precision in the parity limits", ExportError)
-    limits: Limits = from_plain(Limits, table[format_name][quant], f"{format_name}.{quant}")
+    stated = dict(table[format_name][quant])
+    stated |= stated.pop("activations", {}).get(activation, {})
+    limits: Limits = from_plain(Limits, stated, f"{format_name}.{quant}")
     return limits

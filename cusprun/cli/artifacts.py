@@ -20,18 +20,54 @@ def register(app: typer.Typer) -> None:
 
 def export(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Model to export.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="File to write.", show_default=False)],
-    to: Annotated[str, typer.Option(help="Format: gguf.")] = "gguf",
-    quant: Annotated[str, typer.Option(help="Precision: f32, f16, bf16 or q8_0.")] = "f16",
+    out: Annotated[Path, typer.Option(help="File (gguf) or folder to write.", show_default=False)],
+    to: Annotated[str, typer.Option(help="Format: gguf, onnx or vllm.")] = "gguf",
+    quant: Annotated[
+        str | None,
+        typer.Option(
+            help="Precision. gguf: f32, f16 (default), bf16, q8_0, q6_k, q5_k_m, q4_k_m, iq4_xs and so on; "
+            "onnx: fp32, fp16, int8, int4 (default); vllm: float32, float16, bfloat16 (default), fp8, int8, "
+            "int4.",
+            show_default=False,
+        ),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--option",
+            "-o",
+            metavar="NAME=VALUE",
+            help="An option of the format, such as imatrix=false (see docs/gguf.md, onnx.md, vllm.md).",
+            show_default=False,
+        ),
+    ] = None,
     prove: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Prove that it computes the same.")
     ] = True,
-    expert: OptionalExpertFile = None,
+    expert: Annotated[
+        Path | None,
+        typer.Option(
+            "--expert",
+            help="Calibrate quantisation on this expert's documents, and prove on its held-out ones.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Write a model for a runtime, and prove that it computes the same."""
     from cusprun.pipeline.artifacts import export as run
+    from exporters.registry import format_of
 
-    path = run(folder, out, to=to, quant=quant, verify=prove, expert=expert, progress=ConsoleProgress())
+    options = format_of(to).parse_options(option or ())
+    path = run(
+        folder,
+        out,
+        to=to,
+        quant=quant,
+        options=options,
+        verify=prove,
+        expert=expert,
+        progress=ConsoleProgress(),
+    )
     typer.echo(f"wrote {path}")
     if prove:
         typer.echo(f"it computes the same as {folder}: {path}.parity.json")
@@ -43,13 +79,14 @@ def verify(
         typer.Argument(metavar="DIR", help="Model that the artifacts were made from.", show_default=False),
     ],
     artifacts: Annotated[
-        list[Path], typer.Argument(metavar="ARTIFACT...", help="Exported files.", show_default=False)
+        list[Path],
+        typer.Argument(metavar="ARTIFACT...", help="Exported files and folders.", show_default=False),
     ],
     expert: OptionalExpertFile = None,
 ) -> None:
     """Prove that exported files compute the same as the model they were made from."""
     from cusprun.cli.tables import parity_table
-    from cusprun.pipeline.artifacts import verify as run
+    from cusprun.pipeline.proof import verify as run
 
     stdout().print(parity_table(run(folder, artifacts, expert=expert, progress=ConsoleProgress())))
 

@@ -23,12 +23,18 @@ _LABELS = {"held_out": "Perplexity, held-out expert documents", "general": "Perp
 
 @dataclass(frozen=True)
 class ArtifactFile:
-    """One exported file of original (``before``) or expert (``after``)."""
+    """One export, a file or a folder, of original (``before``) or expert (``after``)."""
 
     side: str
     quant: str
     file_name: str
     file_bytes: int
+    format: str = "gguf"
+
+    @property
+    def kind(self) -> str:
+        """Format and precision; a precision alone is a GGUF file's."""
+        return self.quant if self.format == "gguf" else f"{self.format} {self.quant}"
 
 
 @dataclass(frozen=True)
@@ -58,16 +64,16 @@ class RunReport:
 def run_report(
     *,
     manifest: Manifest,
-    artifacts: Mapping[str, Mapping[str, Path]],
+    artifacts: Mapping[tuple[str, str], Mapping[str, Path]],
     parity: tuple[ParityReport, ...],
     quality: EvalReport | None,
     bench: BenchReport | None,
     seconds: Mapping[str, float],
 ) -> RunReport:
-    """Put the parts together; ``artifacts`` maps a precision to the files of ``original`` and ``expert``."""
+    """Put the parts together; ``artifacts`` maps format and precision to ``original`` and ``expert``."""
     files = tuple(
-        ArtifactFile(side, quant, path.name, path.stat().st_size)
-        for quant, paths in artifacts.items()
+        ArtifactFile(side, quant, path.name, _num_bytes(path), to)
+        for (to, quant), paths in artifacts.items()
         for side, path in zip(("before", "after"), paths.values(), strict=True)
     )
     return RunReport(
@@ -86,6 +92,11 @@ def run_report(
         seconds=dict(seconds),
         prune_seconds=manifest.seconds,
     )
+
+
+def _num_bytes(artifact: Path) -> int:
+    files = [artifact] if artifact.is_file() else artifact.rglob("*")
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def to_markdown(report: RunReport) -> str:
@@ -109,11 +120,11 @@ def _table(
             exact_change(manifest.parameters_before, manifest.parameters_after, "smaller", "larger"),
         )
     ]
-    for quant in dict.fromkeys(file.quant for file in files):
-        before, after = (file.file_bytes for file in files if file.quant == quant)
+    for kind in dict.fromkeys(file.kind for file in files):
+        before, after = (file.file_bytes for file in files if file.kind == kind)
         rows.append(
             Row(
-                f"File size ({quant})",
+                f"File size ({kind})",
                 format_bytes(before),
                 format_bytes(after),
                 exact_change(before, after, "smaller", "larger"),

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, TypeVar
 from cusprun.cache import file_sha256, key_of, remove_leftovers
 from cusprun.codec import dump_json, load_json, to_plain
 from cusprun.errors import CusprunError, OutputError
-from cusprun.pipeline.artifacts import RUNTIMES, first_tokens, prove
+from cusprun.pipeline.calibration import importance_for
 from cusprun.pipeline.evaluation import measure, measured_sets
+from cusprun.pipeline.proof import RUNTIMES, parity_documents, prove
 from cusprun.pipeline.results import RunReport, run_report, to_markdown
 from cusprun.pipeline.stages import OpenModel, as_expert, corpora_of, open_model, prune_opened
 from cusprun.progress import SILENT, Progress
@@ -119,7 +120,7 @@ def run(recipe: StrPath | Recipe, *, progress: Progress = SILENT) -> RunReport:
     after = open_model(folder, progress)
     artifacts = {
         spec: {
-            side: _export(model, spec, side, out, progress)
+            side: _export(model, spec, side, corpora, out, progress)
             for side, model in ((_BEFORE, before), (_AFTER, after))
         }
         for spec in chosen.exports
@@ -129,7 +130,7 @@ def run(recipe: StrPath | Recipe, *, progress: Progress = SILENT) -> RunReport:
     speed = _bench(chosen, artifacts, out, progress)
     report = run_report(
         manifest=load_json(Manifest, folder / "cusprun.json"),
-        artifacts={spec.quant: paths for spec, paths in artifacts.items()},
+        artifacts={(spec.to, spec.quant): paths for spec, paths in artifacts.items()},
         parity=parity,
         quality=quality,
         bench=speed,
@@ -172,16 +173,30 @@ def _prune(
     )
 
 
-def _export(model: OpenModel, spec: ExportSpec, side: str, out: _OutFolder, progress: Progress) -> Path:
+def _export(
+    model: OpenModel, spec: ExportSpec, side: str, corpora: Corpora, out: _OutFolder, progress: Progress
+) -> Path:
+    """Export one side; original and expert are calibrated on the same documents."""
+    from cusprun.corpus import corpus_hash
     from exporters.registry import format_of
 
     chosen = format_of(spec.to)
-    for loss in chosen.check(model.index, spec.quant):
+    options = chosen.options(dict(spec.options))
+    for loss in chosen.check(model.index, spec.quant, options):
         log.info("note: %s", loss)
+    documents = corpus_hash(corpora) if spec.quant in chosen.calibrated else ""
+    key = ("export", model.model_hash, spec.to, spec.quant, spec.options, documents, __version__)
     return out.model_or_artifact(
         f"{side}-{spec.quant}{chosen.suffix}",
-        key_of("export", model.model_hash, spec.to, spec.quant, __version__),
-        lambda path: chosen.export(model.index.folder, path, quant=spec.quant, progress=progress),
+        key_of(*key),
+        lambda path: chosen.export(
+            model.index.folder,
+            path,
+            quant=spec.quant,
+            options=options,
+            importance=importance_for(chosen, spec.quant, options, model.index, corpora, progress),
+            progress=progress,
+        ),
     )
 
 
@@ -193,11 +208,11 @@ def _prove_all(
     progress: Progress,
 ) -> tuple[ParityReport, ...]:
     """Prove every artifact, but for those that an earlier run has proven."""
-    documents = first_tokens(corpora.held_out or corpora.calibration)
+    documents = parity_documents(corpora)
     reports: list[ParityReport] = []
     for side, model in ((_BEFORE, before), (_AFTER, after)):
         wanted = [paths[side] for paths in artifacts.values()]
-        proven = {path: found for path in wanted if (found := _proven(path, model, progress)) is not None}
+        proven = {path: found for path in wanted if (found := _proven(path, model)) is not None}
         for path in proven:
             log.info("%s was proven before; not verifying again", path)
         left = [path for path in wanted if path not in proven]
@@ -207,7 +222,8 @@ def _prove_all(
     return tuple(reports)
 
 
-def _proven(artifact: Path, model: OpenModel, progress: Progress) -> ParityReport | None:
+def _proven(artifact: Path, model: OpenModel) -> ParityReport | None:
+    from exporters.parity import sha256_of
     from exporters.parity_records import ParityReport
 
     path = artifact.with_name(f"{artifact.name}.parity.json")
@@ -219,7 +235,7 @@ def _proven(artifact: Path, model: OpenModel, progress: Progress) -> ParityRepor
         return None
     same = (report.reference_sha256, report.artifact_sha256) == (
         model.model_hash,
-        file_sha256(artifact, progress),
+        sha256_of(artifact),
     )
     return report if same and report.verdict == "pass" else None
 
@@ -260,7 +276,7 @@ def _bench(
         num_pairs=spec.num_pairs,
         time_limit_s=spec.time_limit_s,
     )
-    paths = artifacts[ExportSpec("gguf", spec.quant)]
+    paths = next(p for e, p in artifacts.items() if (e.to, e.quant) == ("gguf", spec.quant))
     hashes = [file_sha256(paths[side], progress) for side in (_BEFORE, _AFTER)]
     key = key_of("bench", hashes, repr(options), __version__)
     return out.measurement(

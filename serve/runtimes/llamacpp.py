@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,23 @@ _BATCH_TOKENS = 512  # logits of a batch lie in memory at once: 512 x 128,000 x 
 _CONTEXT_STEP = 256
 
 
+def require() -> None:
+    """Raise ``MissingDependencyError`` when llama-cpp-python is not installed."""
+    if find_spec("llama_cpp") is None:
+        raise MissingDependencyError(
+            "llama-cpp-python, which runs GGUF files, is not installed; run: pip install 'cusprun[llamacpp]' "
+            "(or export without a proof: --no-verify)"
+        )
+
+
 def load_library() -> tuple[Any, list[str]]:
     """Import llama_cpp, silence it, and return it with the list that its error messages go to.
 
     Raises:
         MissingDependencyError: llama-cpp-python is not installed.
     """
-    try:
-        import llama_cpp
-    except ImportError:
-        raise MissingDependencyError(
-            "llama-cpp-python is not installed; run: pip install 'cusprun[llamacpp]'"
-        ) from None
+    require()
+    import llama_cpp
 
     errors = collect_errors(llama_cpp)
     llama_cpp.llama_backend_init()

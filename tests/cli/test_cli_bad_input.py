@@ -182,7 +182,9 @@ CASES = {
     "export output exists": Case(
         write("out.gguf", "mine"), ("export", "model", "--out", "out.gguf"), ("out.gguf exists",)
     ),
-    "artifact of no format": Case(nothing, ("verify", "model", "expert.yaml"), ("expert.yaml", ".gguf")),
+    "artifact of no format": Case(
+        nothing, ("verify", "model", "expert.yaml"), ("expert.yaml", "gguf, onnx, vllm")
+    ),
     "missing artifact": Case(nothing, ("verify", "model", "a.gguf"), ("a.gguf does not exist",)),
     "bench without a file": Case(
         nothing, ("bench", "--before", "a.gguf", "--after", "b.gguf"), ("a.gguf does not exist",)

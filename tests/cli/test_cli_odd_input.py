@@ -205,12 +205,12 @@ def test_a_limit_beyond_any_source_takes_all(work, cusprun) -> None:
 
 
 def test_an_export_interrupted_in_its_proof_can_be_run_again(work, cusprun, monkeypatch) -> None:
-    from cusprun.pipeline import artifacts
+    from cusprun.pipeline import artifacts, proof
 
     def interrupted(*_args: object, **_options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(artifacts.ArtifactRuntime, "require", lambda _runtime: None)
+    monkeypatch.setattr(proof.ArtifactRuntime, "require", lambda _runtime: None)
     monkeypatch.setattr(artifacts, "prove", interrupted)
     before = snapshot(work)
     assert cusprun("export", "model", "--out", "a.gguf").code == 130

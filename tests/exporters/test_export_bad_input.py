@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import errno
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,23 @@ from safetensors.torch import load_file, save_file
 from tiny_exports import TinyConfig, make_folder, rewrite_config
 
 from cusprun.checkpoint.index import open_checkpoint
+from cusprun.checkpoint.safetensors_header import read_header
 from cusprun.errors import CusprunError, ExportError, ModelError, OutputError, UserError
+from cusprun.version import __version__
 from exporters import gguf as gguf_exporter
-from exporters.gguf import check, export_gguf
-from exporters.gguf_tensors import encode, interleave_rope
+from exporters.gguf import check, export
+from exporters.gguf_encode import encode, read_rows
+from exporters.gguf_tensors import QUANTS, interleave_rope
 from exporters.registry import FORMATS, format_of
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+}  # fmt: skip
+YARN_ROPE = {
+    "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32,
+}  # fmt: skip
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 
 
 @pytest.fixture
@@ -37,7 +49,7 @@ def refused(folder: Path, error: type[CusprunError], match: str, quant: str = "f
     """Export must raise and leave the folder around as it was."""
     before = {path: path.read_bytes() for path in folder.parent.rglob("*") if path.is_file()}
     with pytest.raises(error, match=match) as caught:
-        export_gguf(folder, folder.parent / "out.gguf", quant=quant)
+        export(folder, folder.parent / "out.gguf", quant=quant)
     assert "\n" not in str(caught.value)
     assert {path: path.read_bytes() for path in folder.parent.rglob("*") if path.is_file()} == before
 
@@ -54,7 +66,7 @@ def test_unknown_format_names_the_nearest() -> None:
 
 
 def test_formats_resolve_to_the_functions_of_their_module() -> None:
-    assert FORMATS["gguf"].export is export_gguf
+    assert FORMATS["gguf"].export is export
     assert FORMATS["gguf"].check is check
 
 
@@ -74,7 +86,7 @@ def test_weights_that_are_not_finite(folder: Path, value: float) -> None:
 def test_value_beyond_f16(folder: Path) -> None:
     change_weights(folder, "model.layers.0.mlp.up_proj.weight", 1e5)
     refused(folder, ExportError, "use bf16 or f32")
-    export_gguf(folder, folder.parent / "out.gguf", quant="bf16")
+    export(folder, folder.parent / "out.gguf", quant="bf16")
 
 
 def test_missing_tokenizer(folder: Path) -> None:
@@ -97,6 +109,7 @@ def test_tokenizer_larger_than_the_embedding(folder: Path) -> None:
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "factor"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary"),
         ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"hidden_act": "gelu"}, "gelu"),
     ],
@@ -113,11 +126,19 @@ def test_settings_that_llama_cpp_lacks(folder: Path, changes: dict[str, Any], ma
         ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, "use_sliding"),
         ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "use_sliding"),
         ("qwen3", {"attention_bias": True}, "without attention biases"),
-        ("gemma3_text", {}, "family gemma3_text cannot be written.*supported: llama, mistral"),
-        ("phi3", {}, "family phi3 cannot be written"),
+        ("phi3", {"sliding_window": 8, "pad_token_id": 0}, r"sliding_window = 8\).*it to null"),
+        ("qwen3", {"rope_parameters": LLAMA3_ROPE}, "qwen3 has no llama3 rope scaling"),
+        ("gemma3_text", {"rope_parameters": {"full_attention": LLAMA3_ROPE}}, "gemma3 has no llama3"),
+        ("gemma3_text", {"attention_bias": True}, "without attention biases"),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"full_attention": YARN_ROPE}},
+            "yarn scaling also to the blocks",
+        ),
+        ("gemma3_text", {"rope_parameters": {"sliding_attention": LINEAR_ROPE}}, "are never scaled"),
     ],
 )
-def test_families_and_their_features_that_cannot_be_written(
+def test_features_of_families_that_cannot_be_written(
     tmp_path: Path, model_type: str, config: dict[str, Any], match: str
 ) -> None:
     folder = make_folder(tmp_path / "tiny", TinyConfig(model_type, config))
@@ -126,8 +147,47 @@ def test_families_and_their_features_that_cannot_be_written(
     refused(folder, ExportError, match)
 
 
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"hidden_activation": "gelu"}, "gelu_pytorch_tanh only, not with 'gelu'"),
+        ({"layer_types": ["chunked_attention", "full_attention"]}, "chunked_attention"),
+        ({"layer_types": ["full_attention"]}, "1 entries for 2 blocks"),
+        ({"sliding_window": 0}, "sliding_window none"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "states no rope_theta"),
+    ],
+)
+def test_gemma3_configs_that_llama_cpp_cannot_compute(
+    tmp_path: Path, changes: dict[str, Any], match: str
+) -> None:
+    folder = make_folder(tmp_path / "tiny", TinyConfig("gemma3_text"))
+    kinds = {"layer_types": ["sliding_attention", "full_attention"]}
+    rewrite_config(folder, **{**kinds, **changes})
+    refused(folder, ExportError, match)
+
+
+def test_gemma3_configs_of_older_versions_mean_the_same(tmp_path: Path) -> None:
+    kinds = ["sliding_attention"] * 2 + ["full_attention"]
+    ropes = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
+             "sliding_attention": {"rope_type": "default", "rope_theta": 2e4}}  # fmt: skip
+    tiny = TinyConfig("gemma3_text", {"num_hidden_layers": 3, "layer_types": kinds, "rope_parameters": ropes})
+    folder = make_folder(tmp_path / "tiny", tiny)
+    new = gguf.GGUFReader(export(folder, tmp_path / "new.gguf", quant="f16"))
+    old_rope = {
+        "rope_theta": 5e5,
+        "rope_local_base_freq": 2e4,
+        "rope_scaling": {"type": "linear", "factor": 8.0},
+    }
+    rewrite_config(folder, rope_parameters=None, layer_types=None, sliding_window_pattern=3, **old_rope)
+    old = gguf.GGUFReader(export(folder, tmp_path / "old.gguf", quant="f16"))
+    keys = [key for key in new.fields if key.startswith("gemma3.")]
+    assert {key: old.fields[key].contents() for key in keys} == {
+        key: new.fields[key].contents() for key in keys
+    }
+
+
 def test_a_window_that_mistral_does_not_state_is_the_stock_one(tmp_path: Path) -> None:
-    folder = make_folder(tmp_path / "tiny", TinyConfig("mistral"))
+    folder = make_folder(tmp_path / "tiny", TinyConfig("mistral", {"max_position_embeddings": 8192}))
     rewrite_config(folder, sliding_window=None)  # removes the key
     refused(folder, ExportError, "sliding_window = 4096")
 
@@ -135,11 +195,11 @@ def test_a_window_that_mistral_does_not_state_is_the_stock_one(tmp_path: Path) -
 def test_old_rope_layout_means_the_same(folder: Path) -> None:
     scaling = {"rope_type": "linear", "factor": 4.0}
     rewrite_config(folder, rope_parameters={**scaling, "rope_theta": 5e5})
-    new = gguf.GGUFReader(export_gguf(folder, folder.parent / "new.gguf")).fields
+    new = gguf.GGUFReader(export(folder, folder.parent / "new.gguf", quant="f16")).fields
     rewrite_config(
         folder, rope_parameters=None, rope_theta=5e5, rope_scaling={"type": "linear", "factor": 4.0}
     )
-    old = gguf.GGUFReader(export_gguf(folder, folder.parent / "old.gguf")).fields
+    old = gguf.GGUFReader(export(folder, folder.parent / "old.gguf", quant="f16")).fields
     for key in ("llama.rope.freq_base", "llama.rope.scaling.type", "llama.rope.scaling.factor"):
         assert old[key].contents() == new[key].contents()
     assert new["llama.rope.freq_base"].contents() == 5e5
@@ -153,15 +213,27 @@ def test_full_disk_is_seen_before_writing(folder: Path, monkeypatch: pytest.Monk
     refused(folder, OutputError, "needs")
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, None])
-def test_disk_that_fills_while_writing(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, number: int | None
-) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(number, "No space left on device") if number else OSError("10 requested and 0 written")
+def test_disk_that_fills_while_writing(folder: Path) -> None:
+    """A limit on the size of files stands for the disk: the system refuses to write beyond it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 17, hard))
+    try:
+        refused(folder, OutputError, "free some space")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
-    refused(folder, OutputError, "free")
+
+def test_weights_that_are_cut_off_after_the_check(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = folder / "model.safetensors"
+    sound = weights.read_bytes()
+
+    def cut(path: Path, num_bytes: int) -> None:
+        weights.write_bytes(sound[:-5000])
+
+    monkeypatch.setattr(gguf_exporter, "require_space", cut)
+    with pytest.raises(ModelError, match="ended early"):
+        export(folder, folder.parent / "out.gguf", quant="f16")
+    assert not list(folder.parent.glob("*.gguf*"))
 
 
 def test_rows_that_do_not_fill_a_block_stay_f16_and_are_reported(tmp_path: Path) -> None:
@@ -170,40 +242,105 @@ def test_rows_that_do_not_fill_a_block_stay_f16_and_are_reported(tmp_path: Path)
     )
     losses = check(open_checkpoint(folder), "q8_0")
     assert any("stay f16" in loss and "40" in loss for loss in losses)
-    reader = gguf.GGUFReader(export_gguf(folder, tmp_path / "m.gguf", quant="q8_0"))
+    reader = gguf.GGUFReader(export(folder, tmp_path / "m.gguf", quant="q8_0"))
     types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
     assert types["blk.0.ffn_down.weight"] == "F16"
     assert types["blk.0.ffn_up.weight"] == "Q8_0"
     assert types["blk.0.ffn_norm.weight"] == "F32"
 
 
-def test_q8_0_in_row_chunks_equals_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    tensor = torch.randn(37, 64, generator=torch.Generator().manual_seed(0))
-    whole = gguf.quants.quantize(tensor.numpy(), gguf.GGMLQuantizationType.Q8_0)
-    monkeypatch.setattr("exporters.gguf_tensors._CHUNK_ELEMENTS", 64 * 5)
-    assert np.array_equal(encode(tensor, gguf.GGMLQuantizationType.Q8_0, "here"), whole)
+STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def test_interleaving_brings_rotated_pairs_together() -> None:
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("quant", QUANTS)
+def test_chunks_are_what_torch_and_gguf_round_to(
+    stored: str, quant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every stored type to every written one, in uneven chunks, against the libraries on the whole."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(37, 64, generator=generator, dtype=torch.float64) * 3e-4
+    values[0] *= 1e4
+    tensor = values.to(STORED[stored])
+    save_file({"w": tensor}, tmp_path / "w.safetensors")
+    info = read_header(tmp_path / "w.safetensors")["w"]
+    kind = QUANTS[quant][0]
+    if quant == "f16" and stored == "F64":
+        wanted = tensor.numpy().astype(np.float16)
+    elif quant == "f16":
+        wanted = tensor.to(torch.float16).numpy()
+    elif quant == "bf16":
+        wanted = tensor.float().to(torch.bfloat16).view(torch.int16).numpy()
+    else:
+        wanted = gguf.quants.quantize(tensor.float().numpy(), kind)
+    found = [encode(rows, info, kind).copy() for rows in read_rows(info, 0, 37, 5)]
+    assert np.concatenate(found).tobytes() == wanted.tobytes()
+
+
+def test_every_bfloat16_becomes_the_nearest_float16(tmp_path: Path) -> None:
+    bits = torch.arange(-(1 << 15), 1 << 15).to(torch.int16)
+    numbers = bits.view(torch.bfloat16)
+    numbers = numbers[numbers.float().abs() <= 65504]
+    save_file({"w": numbers}, tmp_path / "w.safetensors")
+    info = read_header(tmp_path / "w.safetensors")["w"]
+    (rows,) = read_rows(info, 0, len(numbers), len(numbers))
+    found = encode(rows, info, gguf.GGMLQuantizationType.F16)
+    assert found.tobytes() == numbers.to(torch.float16).numpy().tobytes()
+
+
+@pytest.mark.parametrize("rotated", [8, 4])
+def test_interleaving_brings_rotated_pairs_together(rotated: int) -> None:
     heads, head_dim = 3, 8
-    rows = torch.arange(heads * head_dim)
-    for head in range(heads):
-        for pair in range(head_dim // 2):
-            first = head * head_dim + pair
-            found = interleave_rope(rows, heads)[head * head_dim + 2 * pair :][:2].tolist()
-            assert found == [first, first + head_dim // 2]
+    rows = np.arange(heads * head_dim)
+    found = interleave_rope(rows, head_dim, rotated)
+    for start in range(0, heads * head_dim, head_dim):
+        for pair in range(rotated // 2):
+            first = start + pair
+            assert found[start + 2 * pair :][:2].tolist() == [first, first + rotated // 2]
+        assert (
+            found[start + rotated : start + head_dim].tolist()
+            == rows[start + rotated :][: head_dim - rotated].tolist()
+        )
 
 
 def test_manifest_and_model_card_label_the_file(folder: Path) -> None:
     (folder / "cusprun.json").write_text(
-        '{"cusprun_version": "0.1.0", "source": "org/base", "source_hash": "ab", "rule": "mean", '
+        '{"cusprun_version": "0.1.0", "source": "org/Base-1B", "source_hash": "ab", "rule": "mean", '
         '"expert": {"name": "maths-en"}, "plan": {"ratio": 0.25}}',
         encoding="utf-8",
     )
-    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Model\n", encoding="utf-8")
-    fields = gguf.GGUFReader(export_gguf(folder, folder.parent / "m.gguf")).fields
+    card = "license: other\nlicense_name: own\nlanguage: [en, de]\ntags: maths\nbase_model: org/older"
+    (folder / "README.md").write_text(f"---\n{card}\n---\n# Model\n", encoding="utf-8")
+    fields = gguf.GGUFReader(export(folder, folder.parent / "m.gguf", quant="f16")).fields
     wanted = {
-        "general.name": "maths-en", "general.license": "apache-2.0", "general.base_model.0.name": "org/base",
+        "general.architecture": "llama", "general.type": "model", "general.name": "maths-en",
+        "general.basename": "Base", "general.finetune": "maths-en", "general.license": "other",
+        "general.license.name": "own", "general.languages": ["en", "de"], "general.tags": ["maths"],
+        "general.base_model.count": 1, "general.base_model.0.name": "Base-1B",
+        "general.base_model.0.organization": "org", "general.quantized_by": f"cusprun {__version__}",
         "cusprun.source_hash": "ab", "cusprun.ratio": 0.25, "cusprun.version": "0.1.0",
     }  # fmt: skip
     assert {key: fields[key].contents() for key in wanted} == wanted
+    assert fields["general.size_label"].contents() == f"{open_checkpoint(folder).num_parameters / 1e3:.0f}K"
+
+
+def test_a_source_on_this_machine_is_named_without_its_place(folder: Path) -> None:
+    (folder / "cusprun.json").write_text('{"source": "/home/me/models/mine-1B"}', encoding="utf-8")
+    file = export(folder, folder.parent / "m.gguf", quant="f16")
+    assert gguf.GGUFReader(file).fields["general.base_model.0.name"].contents() == "mine-1B"
+    assert b"/home/me" not in file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config", "loss"),
+    [
+        ("gemma3_text", {"layer_types": ["sliding_attention", "full_attention"]}, "sliding_window_pattern"),
+        ("qwen2", {"head_dim": 24}, "says 'llama'"),
+        ("phi3", {"head_dim": 24, "pad_token_id": 0}, "says 'llama'"),
+    ],
+)
+def test_another_graph_or_pattern_of_windows_is_reported(
+    tmp_path: Path, model_type: str, config: dict[str, Any], loss: str
+) -> None:
+    folder = make_folder(tmp_path / "tiny", TinyConfig(model_type, config))
+    assert any(loss in found for found in check(open_checkpoint(folder), "f16"))

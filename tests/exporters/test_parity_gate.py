@@ -18,7 +18,7 @@ from tiny_exports import TinyConfig, documents, make_folder
 
 from cusprun.codec import load_json
 from cusprun.errors import ExportError, GateError
-from exporters.gguf import export_gguf
+from exporters.gguf import export
 from exporters.parity import compare, verify_artifact
 from exporters.parity_records import Limits, ParityReport, limits_for
 from exporters.parity_text import probe_texts
@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def artifact(folder: Path, tmp_path: Path) -> Path:
-    return export_gguf(folder, tmp_path / "m.gguf", quant="f32")
+    return export(folder, tmp_path / "m.gguf", quant="f32")
 
 
 def verify(folder: Path, artifact: Path) -> ParityReport:

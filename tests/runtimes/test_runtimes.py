@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cusprun.errors import MissingDependencyError, ModelError, UserError
 from cusprun.records import Message
-from exporters.gguf import export_gguf
+from exporters.gguf import export
+from serve.runtimes import llamacpp
 from serve.runtimes.chat_template import render_template
 from serve.runtimes.llamacpp import LlamaCppRuntime
 from serve.runtimes.protocol import Runtime
@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def artifact(folder: Path) -> Path:
-    return export_gguf(folder, folder.parent / "m.gguf", quant="f32")
+    return export(folder, folder.parent / "m.gguf", quant="f32")
 
 
 @pytest.fixture(params=["torch", "llamacpp"])
@@ -101,7 +101,7 @@ def test_chat_prompt_has_one_bos(runtime: Runtime, folder: Path) -> None:
 def test_model_without_a_template_has_no_chat(tmp_path: Path) -> None:
     plain = make_folder(tmp_path / "m", TinyConfig("llama", {"num_hidden_layers": 1}, {"template": ""}))
     reference = TorchRuntime(plain)
-    candidate = LlamaCppRuntime(export_gguf(plain, tmp_path / "m.gguf"), n_threads=1)
+    candidate = LlamaCppRuntime(export(plain, tmp_path / "m.gguf", quant="f16"), n_threads=1)
     for runtime in (reference, candidate):
         assert runtime.render_chat(CHAT) is None
         assert runtime.chat_token_ids(CHAT) == []
@@ -144,14 +144,7 @@ def test_unknown_cache_type_is_refused(artifact: Path) -> None:
 
 
 def test_missing_library_names_the_command(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def absent(name: str, *rest: Any, **more: Any) -> Any:
-        if name == "llama_cpp":
-            raise ImportError(name)
-        return real(name, *rest, **more)
-
-    monkeypatch.setattr(builtins, "__import__", absent)
+    monkeypatch.setattr(llamacpp, "find_spec", lambda _name: None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'cusprun\[llamacpp\]'"):
         LlamaCppRuntime(artifact)
 
