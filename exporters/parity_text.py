@@ -15,6 +15,7 @@ from cusprun.records import Message
 from exporters.parity_records import TextParity, TokenMismatch
 
 _KEPT_MISMATCHES = 20
+_NEXT_LINE = "\x85"
 
 CHATS: tuple[tuple[Message, ...], ...] = (
     (Message("user", "What is 17 + 25?"),),
@@ -114,7 +115,11 @@ def _explanation(
     wanted: list[int],
     found: list[int],
 ) -> str | None:
-    """Name the normalisation that the runtime lacks, when doing it by hand makes the ids equal."""
+    """Name what the runtime lacks, when doing it by hand makes the ids equal.
+
+    ``not_nfc``, ``leading_space`` and ``space_after_special`` are normalisations. onnxruntime-genai gives -1
+    to a byte without a token, which stock tokenizers drop, and does not take U+0085 for white space.
+    """
     composed = unicodedata.normalize("NFC", text)
     if composed != text and candidate.tokenize(composed, add_special) == wanted:
         return "not_nfc"
@@ -123,6 +128,11 @@ def _explanation(
     spaced = _space_after_specials(text, reference.special_texts)
     if spaced != text and reference.tokenize(spaced, add_special) == found:
         return "space_after_special"
+    if [token for token in found if token >= 0] == wanted:
+        return "byte_without_token"
+    plain = text.replace(_NEXT_LINE, " ")
+    if plain != text and candidate.tokenize(plain, add_special) == reference.tokenize(plain, add_special):
+        return "next_line"
     return None
 
 

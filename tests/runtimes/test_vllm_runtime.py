@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from tiny_exports import QWEN2_PATTERN, TinyConfig, documents, make_folder, rewrite_config, split_then_bytes
@@ -90,14 +88,15 @@ class TestProcess:
 
     def test_server_that_never_answers_is_ended_with_its_children(self, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text('{"vocab_size": 10}', encoding="utf-8")
-        body = f"sleep 1000 & echo $! >> {tmp_path}/pids; echo $$ >> {tmp_path}/pids; wait"
-        python = script(tmp_path / "python", body)
+        os.mkfifo(tmp_path / "alive")
+        reader = os.open(tmp_path / "alive", os.O_RDONLY | os.O_NONBLOCK)
+        body = f"exec 3> {tmp_path}/alive; sleep 1000 & echo started >&3; wait"
         with pytest.raises(ModelError, match="did not answer within"):
-            VllmRuntime(tmp_path, python=python, start_timeout_s=1.0)
-        for pid in map(int, (tmp_path / "pids").read_text().split()):
-            with suppress(psutil.NoSuchProcess):  # a zombie has ended too, and waits for its new parent
-                process = psutil.Process(pid)
-                assert process.status() in {psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD}
+            VllmRuntime(tmp_path, python=script(tmp_path / "python", body), start_timeout_s=3.0)
+        os.set_blocking(reader, True)
+        assert os.read(reader, 100) == b"started\n"
+        assert os.read(reader, 100) == b""  # no process holds the other end any more
+        os.close(reader)
 
     def test_folder_without_a_config(self, tmp_path: Path) -> None:
         with pytest.raises(ModelError, match=r"no readable config\.json"):
@@ -143,9 +142,7 @@ NEEDS_VLLM = [
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "gemma3"])
-def served(
-    self, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Served]:
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     tiny = {
         "llama": TinyConfig("llama", SIZES),
         "qwen2": TinyConfig("qwen2", {**SIZES, "tie_word_embeddings": True}, QWEN2),
