@@ -22,6 +22,7 @@ from quality import DEFAULT, UNITS, planned
 
 from cusprun.checkpoint.index import open_checkpoint
 from cusprun.codec import to_plain
+from cusprun.errors import require_known
 from cusprun.pipeline.calibration import first_tokens, importance_for
 from cusprun.pipeline.proof import PARITY_TOKENS, RUNTIMES
 from cusprun.progress import SILENT
@@ -33,6 +34,8 @@ from exporters.registry import format_of
 from serve.runtimes.torch_runtime import TorchRuntime
 
 PAIRS: tuple[tuple[BenchModel, str], ...] = ((SMOLLM2, "english-maths"), (GEMMA3, "german-qa"))
+WRITER = "writer"
+"""The table of speed and memory."""
 RATIO = 0.25
 EXPORTS: Mapping[str, tuple[str, ...]] = {
     "gguf": ("f32", "f16", "q8_0", "q4_k_m"),
@@ -48,12 +51,18 @@ SPEED_TARGET, MEMORY_TARGET_BYTES = 2.0, 300_000_000
 
 def make(options: Options, ledger: Ledger) -> str:
     """Make all rows and return the tables."""
-    for model, name in PAIRS:
+    wanted = {f"{model.name}/{name}": (model, name) for model, name in PAIRS}
+    if options.only is not None:
+        require_known(options.only, (*wanted, WRITER), "table")
+    for table, (model, name) in wanted.items():
+        if options.only not in (None, table):
+            continue
         bench = Bench.of(model, options.expert(EXPERTS[name]), options.data, options.scratch / model.name)
         with _folders(bench) as folders:
             for side, folder in folders.items():
-                _parity_table(f"{model.name}/{name}/{side}", bench, folder, options, ledger)
-    _speed_table(options, ledger)
+                _parity_table(f"{table}/{side}", bench, folder, options, ledger)
+    if options.only in (None, WRITER):
+        _speed_table(options, ledger)
     return to_markdown(ledger)
 
 
@@ -150,7 +159,7 @@ def _speed_table(options: Options, ledger: Ledger) -> None:
             : 1 if options.smoke else 2
         ]
     ]
-    ledger.finish("writer", jobs, dict, fresh=options.fresh, show=lambda row: f"{row['cusprun']}")
+    ledger.finish(WRITER, jobs, dict, fresh=options.fresh, show=lambda row: f"{row['cusprun']}")
 
 
 def _speed(folder: Path, random: bool, converter: Path | None, scratch: Path) -> Row:
@@ -165,9 +174,9 @@ def _cost(row: Row) -> float:
 
 def to_markdown(ledger: Ledger) -> str:
     """Render all tables."""
-    parts = [_parity_text(name, table) for name, table in ledger.tables.items() if name != "writer"]
-    if "writer" in ledger.tables:
-        parts.append(_writer_text(ledger.tables["writer"]))
+    parts = [_parity_text(name, table) for name, table in ledger.tables.items() if name != WRITER]
+    if WRITER in ledger.tables:
+        parts.append(_writer_text(ledger.tables[WRITER]))
     rows = [row for table in ledger.tables.values() for row in table["rows"].values()]
     return "\n".join([*parts, f"{machine_text(rows)} Made by `{ledger.content['command']}`.\n"])
 
