@@ -155,7 +155,7 @@ def _speed_table(options: Options, ledger: Ledger) -> None:
             {"model": title},
             partial(_speed, small.index.folder, random, converter, options.scratch),
         )
-        for title, random in (("SmolLM2-135M", False), ("random, shape of Qwen2-1.5B", True))[
+        for title, random in (("SmolLM2-135M", False), ("random, widths of Qwen2-1.5B", True))[
             : 1 if options.smoke else 2
         ]
     ]

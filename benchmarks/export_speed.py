@@ -22,8 +22,8 @@ from cusprun.checkpoint.writer import CheckpointWriter, Declared
 REPEATS = 3
 _POLL_S = 0.01
 _SHAPE_1_5B = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
     "hidden_size": 1536,
     "intermediate_size": 8960,
     "num_hidden_layers": 28,
@@ -35,9 +35,10 @@ _SHAPE_1_5B = {
     "tie_word_embeddings": True,
     "hidden_act": "silu",
     "torch_dtype": "bfloat16",
-    "use_sliding_window": False,
+    "head_dim": 128,
 }
-"""The widths of Qwen2-1.5B; the vocabulary is that of the tokenizer that is put beside it."""
+"""The widths of Qwen2-1.5B as a llama; the vocabulary is that of the tokenizer that is put beside it, which
+the converter knows in that family alone."""
 
 
 @dataclass(frozen=True)
