@@ -19,7 +19,7 @@ from typing import Any
 
 from tokenizers.pre_tokenizers import ByteLevel
 
-from cusprun.checkpoint.files import TOKENIZER_FILES
+from cusprun.checkpoint.files import TOKENIZER_FILES, read_generation_config
 from cusprun.checkpoint.gguf_tokenizer import pre_tokenizers
 from cusprun.errors import ExportError
 from exporters.gguf_tokenizer_file import SPECIAL_NAMES, StatedTokenizer, read_stated
@@ -153,7 +153,7 @@ def load_tokenizer(folder: Path, model_type: str = "") -> LoadedTokenizer:
         added_around=stated.added_around,
         special_ids=stated.special_ids,
         templates=stated.chat_templates,
-        generation_config=_generation_config(folder),
+        generation_config=read_generation_config(folder),
     )
 
 
@@ -202,17 +202,6 @@ def _tried_around(hf: Any, folder: Path) -> tuple[int | None, int | None]:
         f"{folder}: the tokenizer turns a text of {len(bare)} tokens into {full}; GGUF can only say "
         "that one token is added before and one after"
     )
-
-
-def _generation_config(folder: Path) -> dict[str, Any]:
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return {}
-    try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{path} cannot be read as JSON ({error}); mend or remove it") from None
-    return plain if isinstance(plain, dict) else {}
 
 
 @cache

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cusprun.checkpoint.files import tokenizer_hash
+from cusprun.checkpoint.files import read_generation_config, tokenizer_hash
 from cusprun.errors import ExportError
 
 _SPACE_MARK = "▁"
@@ -65,7 +65,7 @@ def onnx_tokenizer(folder: Path, config: Mapping[str, Any], context_length: int)
         )
     adds_bos, adds_eos = _added(folder, loaded)
     stops = _stop_ids(
-        loaded.eos_token_id, _generation_config(folder).get("eos_token_id"), config.get("eos_token_id")
+        loaded.eos_token_id, read_generation_config(folder).get("eos_token_id"), config.get("eos_token_id")
     )
     if not stops:
         raise ExportError(f"{folder} names no eos_token_id, without which generation never ends; add it")
@@ -123,17 +123,6 @@ def _load(folder: Path) -> Any:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ExportError(f"{folder}: the tokenizer cannot be loaded ({reason}); restore its files") from None
     return loaded
-
-
-def _generation_config(folder: Path) -> Mapping[str, Any]:
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return {}
-    try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{path} cannot be read as JSON ({error}); mend or remove it") from None
-    return plain if isinstance(plain, dict) else {}
 
 
 def _stop_ids(*stated: Any) -> list[int]:

@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from cusprun.checkpoint.files import read_generation_config
 from cusprun.checkpoint.index import CheckpointIndex
 from cusprun.codec import from_plain
 from cusprun.errors import ExportError
@@ -124,20 +125,13 @@ def generation_config_of(index: CheckpointIndex) -> dict[str, Any] | None:
     Raises:
         ExportError: the folder's own file cannot be read.
     """
-    path = index.folder / _GENERATION_NAME
-    own: dict[str, Any] = {}
-    if path.is_file():
-        try:
-            own = json.loads(path.read_text(encoding="utf-8"))
-            stops = _ids(own.get("eos_token_id"))
-        except (OSError, ValueError, AttributeError) as error:
-            raise ExportError(f"{path} cannot be read as JSON ({error}); mend or remove it") from None
-    else:
-        own = {key: index.config[key] for key in _TOKEN_KEYS if index.config.get(key) is not None}
-        stops = []
+    own = read_generation_config(index.folder)
+    stops = _ids(own.get("eos_token_id"))
     wanted = list(dict.fromkeys([*stops, *_ids(index.config.get("eos_token_id"))]))
-    if path.is_file() and wanted == stops:
+    if own and wanted == stops:
         return None
+    if not own:
+        own = {key: index.config[key] for key in _TOKEN_KEYS if index.config.get(key) is not None}
     if wanted:
         own["eos_token_id"] = wanted[0] if len(wanted) == 1 else wanted
     return own

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cusprun.errors import ModelError
+from cusprun.errors import ExportError, ModelError
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -53,6 +53,22 @@ def tokenizer_hash(folder: Path) -> str:
         except OSError as error:
             raise ModelError(f"{path} cannot be read ({error.strerror}); check the file") from None
     return digest.hexdigest() if files else ""
+
+
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """Return ``generation_config.json``, empty when a folder has none.
+
+    Raises:
+        ExportError: it cannot be read as JSON.
+    """
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{path} cannot be read as JSON ({error}); mend or remove it") from None
+    return plain if isinstance(plain, dict) else {}
 
 
 def copy_carried_files(source: Path, target: Path) -> None:
