@@ -49,7 +49,9 @@ ARROWS: dict[str, set[str]] = {
     "cusprun.__main__": {"cusprun.cli"},
     "cusprun": EVERYTHING,
     "exporters": BASE | {"cusprun.checkpoint", "cusprun.families"},
-    "serve.runtimes": BASE,
+    "serve.child_guard": set(),
+    "serve.child_process": set(),
+    "serve.runtimes": BASE | {"serve.child_process"},
     "serve.bench": BASE | {"serve.runtimes"},
     "serve": set(),
 }

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import secrets
-import signal
 import socket
 import subprocess
 import sys
@@ -15,12 +13,12 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from cusprun.errors import MissingDependencyError, ModelError
+from serve.child_process import ChildProcess
 
 PYTHON_VARIABLE = "CUSPRUN_VLLM_PYTHON"
 """Environment variable that names the interpreter of the environment that has vLLM."""
@@ -83,7 +81,7 @@ def _has_vllm(python: Path) -> bool:
 
 
 class VllmProcess:
-    """One server on a free loopback port, in a process group of its own; ended by ``close`` or at exit.
+    """One server on a free loopback port, ended by ``close`` or with this process.
 
     Raises:
         ModelError: the server ends or does not answer within ``start_timeout_s``.
@@ -103,22 +101,14 @@ class VllmProcess:
         self._url = f"http://127.0.0.1:{port}"
         # No proxy of the environment may see loopback requests.
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        self._log = tempfile.NamedTemporaryFile(prefix="cusprun-vllm-", suffix=".log")  # noqa: SIM115
         command = [
             str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder.absolute()),
             "--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--disable-log-stats",
             "--enable-tokenizer-info-endpoint", *options,
         ]  # fmt: skip
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env=self._environment(n_threads),
-            cwd=tempfile.gettempdir(),
+        self._process = ChildProcess(
+            command, env=self._environment(n_threads), cwd=Path(tempfile.gettempdir()), patience_s=_STOP_S
         )
-        atexit.register(self.close)
         try:
             self._wait(start_timeout_s)
         except BaseException:
@@ -152,15 +142,7 @@ class VllmProcess:
 
     def close(self) -> None:
         """End the server and every process that it started."""
-        atexit.unregister(self.close)
-        for signal_number, patience_s in ((signal.SIGTERM, _STOP_S), (signal.SIGKILL, _STOP_S)):
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal_number)
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(patience_s)
-                if not _group_lives(self._process.pid):
-                    break
-        self._log.close()
+        self._process.stop()
 
     def _environment(self, n_threads: int | None) -> dict[str, str]:
         kept = {key: value for key, value in os.environ.items() if key not in _DROPPED_VARIABLES}
@@ -172,10 +154,10 @@ class VllmProcess:
     def _wait(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
-            if self._process.poll() is not None:
+            if self._process.exit_code is not None:
                 raise ModelError(
                     f"{self._folder} cannot be served by vLLM, which ended with exit code "
-                    f"{self._process.returncode}; {self._tail()}"
+                    f"{self._process.exit_code}; {self._tail()}"
                 )
             try:
                 with self._opener.open(f"{self._url}/health", timeout=5):
@@ -189,7 +171,7 @@ class VllmProcess:
 
     def _tail(self) -> str:
         """Return the reason in the log: its last lines that name an error, or its end."""
-        lines = Path(self._log.name).read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = self._process.log_tail().splitlines()
         named = [line for line in lines if "Error" in line and "Engine core initialization" not in line]
         text = " / ".join(line.strip() for line in (named or lines)[-3:])
         return f"it says: {text[-_REASON_CHARACTERS:]}" if text else "it says nothing"
@@ -199,14 +181,6 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _group_lives(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except (ProcessLookupError, PermissionError):
-        return False
-    return True
 
 
 def _reason_of(body: bytes) -> str:

@@ -1,0 +1,82 @@
+"""A server or other long-running program as a child that never outlives this process."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+_GUARD = Path(__file__).with_name("child_guard.py")
+_GUARD_GRACE_S = 10.0  # beyond the patience with the command, for a guard on a busy machine
+_TAIL_BYTES = 1 << 18
+
+
+class ChildProcess:
+    """A command in a session of its own: ended by ``stop``, and with this process however that ends.
+
+    The command and everything it started in its process group is sent SIGTERM, and SIGKILL once it has ended
+    or after ``patience_s``: by ``stop``, at exit, and where this process is killed (a guard process watches a
+    pipe; see ``serve/child_guard.py``; a fork of this process that lives on keeps the pipe open). The command
+    reads nothing from stdin; its stdout and stderr go to a log without a name, so no file is left either. A
+    command that cannot be started ends with exit code 127 and the reason in its log.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        patience_s: float = 15.0,
+    ) -> None:
+        self._patience_s = patience_s
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the child
+        self._guard = subprocess.Popen(
+            # -I and -S: the child's PYTHON* variables and site packages are none of the guard's.
+            [sys.executable, "-I", "-S", str(_GUARD), str(patience_s), *command],
+            stdin=subprocess.PIPE,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=env,
+            cwd=cwd,
+        )
+        atexit.register(self.stop)
+
+    def __enter__(self) -> ChildProcess:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def exit_code(self) -> int | None:
+        """The exit code (128 + the signal's number after a signal), None while the command runs."""
+        return self._guard.poll()
+
+    def log_tail(self, max_bytes: int = _TAIL_BYTES) -> str:
+        """Return the end of what the command has written to stdout and stderr."""
+        # The child writes at the offset of the same open file: pread leaves it alone.
+        descriptor = self._log.fileno()
+        size = os.fstat(descriptor).st_size
+        return os.pread(descriptor, max_bytes, max(0, size - max_bytes)).decode("utf-8", "replace")
+
+    def stop(self) -> None:
+        """End the command and everything in its group, and wait until it has ended; may be called again."""
+        atexit.unregister(self.stop)
+        if self._guard.stdin is not None:
+            with suppress(BrokenPipeError):
+                self._guard.stdin.close()
+        try:
+            self._guard.wait(self._patience_s + _GUARD_GRACE_S)
+        except subprocess.TimeoutExpired:
+            self._guard.kill()
+            self._guard.wait()
