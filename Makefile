@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml .ci/constraints.txt
 	test -x $(PYTHON) || $(BOOTSTRAP) -m venv $(VENV)
 	$(PIP) install --quiet torch==2.13.0
 	CMAKE_BUILD_PARALLEL_LEVEL=$${CMAKE_BUILD_PARALLEL_LEVEL:-$$(nproc)} \
-		$(PIP) install --quiet -c .ci/constraints.txt -e '.[llamacpp,onnx,vllm,datasets,demo,eval,plot,dev]'
+		$(PIP) install --quiet -c .ci/constraints.txt -e '.[llamacpp,onnx,vllm,serve,datasets,demo,eval,plot,dev]'
 	touch $@
 
 vllm: $(VLLM_STAMP) ## Make the environment of vLLM for CPUs (.venv-vllm), apart since vLLM pins torch.

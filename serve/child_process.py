@@ -7,7 +7,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -23,8 +24,10 @@ class ChildProcess:
     The command and everything it started in its process group is sent SIGTERM, and SIGKILL once it has ended
     or after ``patience_s``: by ``stop``, at exit, and where this process is killed (a guard process watches a
     pipe; see ``serve/child_guard.py``; a fork of this process that lives on keeps the pipe open). The command
-    reads nothing from stdin; its stdout and stderr go to a log without a name, so no file is left either. A
-    command that cannot be started ends with exit code 127 and the reason in its log.
+    reads nothing from stdin; its stdout and stderr go to a log without a name, so no file is left either.
+    With ``echo``, for a child that runs for months, they are handed to it instead, from a thread of its own,
+    and the last 256 KiB are kept in memory. A command that cannot be started ends with exit code 127 and the
+    reason in its log.
     """
 
     def __init__(
@@ -34,20 +37,25 @@ class ChildProcess:
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
         patience_s: float = 15.0,
+        echo: Callable[[bytes], None] | None = None,
     ) -> None:
         self._patience_s = patience_s
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the child
+        self._log = None if echo else tempfile.TemporaryFile()  # noqa: SIM115 - as long as the child
+        self._tail = bytearray()
         self._guard = subprocess.Popen(
             # -I and -S: the child's PYTHON* variables and site packages are none of the guard's.
             [sys.executable, "-I", "-S", str(_GUARD), str(patience_s), *command],
             stdin=subprocess.PIPE,
-            stdout=self._log,
+            stdout=self._log or subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
             env=env,
             cwd=cwd,
         )
         atexit.register(self.stop)
+        if echo is not None:
+            self._reader = threading.Thread(target=self._read, args=(echo,), daemon=True)
+            self._reader.start()
 
     def __enter__(self) -> ChildProcess:
         return self
@@ -64,6 +72,10 @@ class ChildProcess:
 
     def log_tail(self, max_bytes: int = _TAIL_BYTES) -> str:
         """Return the end of what the command has written to stdout and stderr."""
+        if self._log is None:
+            if self.exit_code is not None:
+                self._reader.join(_GUARD_GRACE_S)
+            return bytes(self._tail[-max_bytes:]).decode("utf-8", "replace")
         # The child writes at the offset of the same open file: pread leaves it alone.
         descriptor = self._log.fileno()
         size = os.fstat(descriptor).st_size
@@ -80,3 +92,10 @@ class ChildProcess:
         except subprocess.TimeoutExpired:
             self._guard.kill()
             self._guard.wait()
+
+    def _read(self, echo: Callable[[bytes], None]) -> None:
+        assert self._guard.stdout is not None
+        while piece := os.read(self._guard.stdout.fileno(), 65536):
+            self._tail += piece
+            del self._tail[:-_TAIL_BYTES]
+            echo(piece)

@@ -51,7 +51,13 @@ ARROWS: dict[str, set[str]] = {
     "exporters": BASE | {"cusprun.checkpoint", "cusprun.families"},
     "serve.child_guard": set(),
     "serve.child_process": set(),
-    "serve.runtimes": BASE | {"serve.child_process"},
+    "serve.child_server": BASE | {"serve.child_process"},
+    "serve.runtimes": BASE | {"serve.child_server"},
+    "serve.api": set(),
+    "serve.front": {"serve.api"},
+    "serve.onnx_server": BASE | {"serve.api", "serve.front.backend", "serve.runtimes"},
+    "serve.engines": BASE
+    | {"serve.api", "serve.child_server", "serve.front", "serve.onnx_server", "serve.runtimes"},
     "serve.bench": BASE | {"serve.runtimes"},
     "serve": set(),
 }
@@ -59,7 +65,7 @@ ARROWS: dict[str, set[str]] = {
 
 HEAVY = (
     "torch", "transformers", "llama_cpp", "gguf", "datasets", "pyarrow", "huggingface_hub", "numpy",
-    "matplotlib",
+    "matplotlib", "fastapi", "starlette", "uvicorn", "aiohttp", "xllamacpp", "onnxruntime_genai",
 )  # fmt: skip
 
 

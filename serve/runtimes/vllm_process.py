@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import socket
 import subprocess
 import sys
-import tempfile
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -18,14 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from cusprun.errors import MissingDependencyError, ModelError
-from serve.child_process import ChildProcess
+from serve.child_server import ChildServer, free_port
 
 PYTHON_VARIABLE = "CUSPRUN_VLLM_PYTHON"
 """Environment variable that names the interpreter of the environment that has vLLM."""
 
 _LOCAL_PYTHON = Path(".venv-vllm/bin/python")  # what `make vllm` makes, and a user may
-_POLL_S = 0.2
-_STOP_S = 15.0
+SERVER_MODULE = ("-m", "vllm.entrypoints.openai.api_server")
+"""How the server is started; the ``vllm`` command of vLLM for CPUs does not work."""
+
+NOISE = ("Engine core initialization",)
+"""What lines of vLLM's log hold that name an error but not its reason."""
+
 _REQUEST_S = 600.0
 _REASON_CHARACTERS = 600
 _DROPPED_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
@@ -80,6 +81,13 @@ def _has_vllm(python: Path) -> bool:
     return done.returncode == 0
 
 
+def environment(key: str, n_threads: int | None = None) -> dict[str, str]:
+    """Return the environment of a server that takes ``key``: offline, nothing of this interpreter in it."""
+    kept = {name: value for name, value in os.environ.items() if name not in _DROPPED_VARIABLES}
+    threads = {"OMP_NUM_THREADS": str(n_threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"} if n_threads else {}
+    return {**_DEFAULT_VARIABLES, **kept, **_VARIABLES, **threads, "VLLM_API_KEY": key}
+
+
 class VllmProcess:
     """One server on a free loopback port, ended by ``close`` or with this process.
 
@@ -97,23 +105,21 @@ class VllmProcess:
     ) -> None:
         self._folder = folder
         self._key = secrets.token_urlsafe(16)
-        port = _free_port()
-        self._url = f"http://127.0.0.1:{port}"
-        # No proxy of the environment may see loopback requests.
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        port = free_port()
         command = [
-            str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder.absolute()),
+            str(python), *SERVER_MODULE, "--model", str(folder.absolute()),
             "--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--disable-log-stats",
             "--enable-tokenizer-info-endpoint", *options,
         ]  # fmt: skip
-        self._process = ChildProcess(
-            command, env=self._environment(n_threads), cwd=Path(tempfile.gettempdir()), patience_s=_STOP_S
+        self._server = ChildServer(
+            "vLLM",
+            folder,
+            command,
+            url=f"http://127.0.0.1:{port}",
+            env=environment(self._key, n_threads),
+            start_timeout_s=start_timeout_s,
+            noise=NOISE,
         )
-        try:
-            self._wait(start_timeout_s)
-        except BaseException:
-            self.close()
-            raise
 
     def call(self, route: str, request: dict[str, Any] | None = None) -> dict[str, Any]:
         """GET a route, or POST a request to it, and return the answer.
@@ -124,63 +130,25 @@ class VllmProcess:
         """
         data = None if request is None else json.dumps(request).encode()
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
-        wanted = urllib.request.Request(f"{self._url}{route}", data, headers)
+        wanted = urllib.request.Request(f"{self._server.url}{route}", data, headers)
         try:
-            with self._opener.open(wanted, timeout=_REQUEST_S) as answer:
+            with self._server.opener.open(wanted, timeout=_REQUEST_S) as answer:
                 text = answer.read()
         except urllib.error.HTTPError as error:
             reason = _reason_of(error.read())
             if error.code < 500:
                 raise RequestRefused(reason) from None
-            raise ModelError(f"{self._folder}: vLLM failed ({reason}); {self._tail()}") from None
+            raise ModelError(f"{self._folder}: vLLM failed ({reason}); {self._server.last_words()}") from None
         except OSError as error:
             raise ModelError(
-                f"{self._folder}: vLLM does not answer any more ({error}); {self._tail()}"
+                f"{self._folder}: vLLM does not answer any more ({error}); {self._server.last_words()}"
             ) from None
         plain: dict[str, Any] = json.loads(text) if text else {}
         return plain
 
     def close(self) -> None:
         """End the server and every process that it started."""
-        self._process.stop()
-
-    def _environment(self, n_threads: int | None) -> dict[str, str]:
-        kept = {key: value for key, value in os.environ.items() if key not in _DROPPED_VARIABLES}
-        threads = (
-            {"OMP_NUM_THREADS": str(n_threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"} if n_threads else {}
-        )
-        return {**_DEFAULT_VARIABLES, **kept, **_VARIABLES, **threads, "VLLM_API_KEY": self._key}
-
-    def _wait(self, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            if self._process.exit_code is not None:
-                raise ModelError(
-                    f"{self._folder} cannot be served by vLLM, which ended with exit code "
-                    f"{self._process.exit_code}; {self._tail()}"
-                )
-            try:
-                with self._opener.open(f"{self._url}/health", timeout=5):
-                    return
-            except OSError:
-                time.sleep(_POLL_S)
-        raise ModelError(
-            f"{self._folder}: vLLM did not answer within {timeout_s:.0f} s; {self._tail()}; "
-            "give it more time or memory"
-        )
-
-    def _tail(self) -> str:
-        """Return the reason in the log: its last lines that name an error, or its end."""
-        lines = self._process.log_tail().splitlines()
-        named = [line for line in lines if "Error" in line and "Engine core initialization" not in line]
-        text = " / ".join(line.strip() for line in (named or lines)[-3:])
-        return f"it says: {text[-_REASON_CHARACTERS:]}" if text else "it says nothing"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+        self._server.close()
 
 
 def _reason_of(body: bytes) -> str:

@@ -1,0 +1,1 @@
+"""OpenAI's interface as data and pure functions: requests, errors, streams."""

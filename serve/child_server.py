@@ -1,0 +1,112 @@
+"""A child process that listens on a loopback port, waited for until it answers."""
+
+from __future__ import annotations
+
+import socket
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from cusprun.errors import ModelError
+from serve.child_process import ChildProcess
+
+_POLL_S = 0.2
+_STOP_S = 15.0
+_REASON_CHARACTERS = 600
+_REASON_LINES = 3
+
+Echo = Callable[[bytes], None]
+"""Gets what a child prints, piece by piece."""
+
+
+def free_port() -> int:
+    """Return a loopback port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class ChildServer:
+    """The server ``name`` on the artifact ``path``, ended by ``close`` or with this process.
+
+    ``noise`` are texts of lines that name an error but not its reason; ``waiting`` is called about once a
+    second with the seconds that the start has taken.
+
+    Raises:
+        ModelError: the server ends or does not answer ``ready`` within ``start_timeout_s``; the text ends
+            with the reason in its log.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        path: Path,
+        command: Sequence[str],
+        *,
+        url: str,
+        env: Mapping[str, str],
+        cwd: Path | None = None,
+        ready: str = "/health",
+        start_timeout_s: float = 600.0,
+        noise: Sequence[str] = (),
+        echo: Echo | None = None,
+        waiting: Callable[[float], None] | None = None,
+    ) -> None:
+        self.url = url
+        self._name = name
+        self._path = path
+        self._noise = tuple(noise)
+        # No proxy of the environment may see loopback requests.
+        self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        self._process = ChildProcess(
+            command, env=env, cwd=cwd or Path(tempfile.gettempdir()), patience_s=_STOP_S, echo=echo
+        )
+        try:
+            self._wait(ready, start_timeout_s, waiting)
+        except BaseException:
+            self.close()
+            raise
+
+    def failure(self) -> str | None:
+        """Return why the server has ended; None while it runs."""
+        code = self._process.exit_code
+        return None if code is None else f"{self._name} ended with exit code {code}; {self.last_words()}"
+
+    def last_words(self) -> str:
+        """Return the reason in the log: its last lines that name an error, or its end."""
+        lines = self._process.log_tail().splitlines()
+        named = [
+            line
+            for line in lines
+            if "error" in line.lower() and not any(noise in line for noise in self._noise)
+        ]
+        text = " / ".join(line.strip() for line in (named or lines)[-_REASON_LINES:])
+        return f"it says: {text[-_REASON_CHARACTERS:]}" if text else "it says nothing"
+
+    def close(self) -> None:
+        """End the server and every process that it started."""
+        self._process.stop()
+
+    def _wait(self, ready: str, timeout_s: float, waiting: Callable[[float], None] | None) -> None:
+        started = time.monotonic()
+        shown = 0.0
+        while (passed := time.monotonic() - started) < timeout_s:
+            if self._process.exit_code is not None:
+                raise ModelError(
+                    f"{self._path} cannot be served: {self._name} ended with exit code "
+                    f"{self._process.exit_code}; {self.last_words()}"
+                )
+            if waiting is not None and passed - shown >= 1:
+                shown = passed
+                waiting(passed)
+            try:
+                with self.opener.open(f"{self.url}{ready}", timeout=5):
+                    return
+            except OSError:
+                time.sleep(_POLL_S)
+        raise ModelError(
+            f"{self._path}: {self._name} did not answer within {timeout_s:.0f} s; {self.last_words()}; "
+            "give it more time or memory"
+        )

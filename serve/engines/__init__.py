@@ -1,0 +1,1 @@
+"""The engines that serve artifacts, one module each behind one table."""

@@ -1,0 +1,28 @@
+"""How the front behaves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MAX_BODY_BYTES = 8 * 2**20
+BODY_TIMEOUT_S = 30.0
+MAX_REQUESTS = 512
+DRAIN_S = 30.0
+
+
+@dataclass(frozen=True)
+class FrontSettings:
+    """``keys`` are the API keys that are taken, none asked for when empty; ``model`` the name that is served.
+
+    ``context_tokens`` is shown with the model. At most ``max_requests`` requests are under way, more are
+    answered with 429; a body larger than ``max_body_bytes`` or slower than ``body_timeout_s`` is refused;
+    ``drain_s`` is how long answers under way may go on after SIGTERM.
+    """
+
+    model: str
+    keys: tuple[str, ...] = ()
+    context_tokens: int | None = None
+    max_requests: int = MAX_REQUESTS
+    max_body_bytes: int = MAX_BODY_BYTES
+    body_timeout_s: float = BODY_TIMEOUT_S
+    drain_s: float = DRAIN_S

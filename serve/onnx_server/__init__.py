@@ -1,0 +1,1 @@
+"""The server of ONNX folders: onnxruntime-genai behind the front, in this process."""
