@@ -16,6 +16,7 @@ file inside an installed Python package.
 ``bench``           latency, speed and memory of two models side by side
 ``overlap``         how much the irrelevant sets of languages, domains and tasks share
 ``sweep``           the size/quality curve of a model and an expert
+``serve``           an artifact behind OpenAI's interface, on the engine that suits it
 ``run``             a recipe: all of the above in one go
 ``doctor``          what is installed and what works here
 ==================  =========================================================================
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from cusprun.pipeline.overlap import overlap as overlap
     from cusprun.pipeline.proof import verify as verify
     from cusprun.pipeline.run import run as run
+    from cusprun.pipeline.serving import serve as serve
     from cusprun.pipeline.stages import plan as plan
     from cusprun.pipeline.stages import prune as prune
     from cusprun.pipeline.stages import score as score
@@ -57,6 +59,7 @@ _FUNCTIONS = {
     "bench": "cusprun.pipeline.artifacts",
     "evaluate": "cusprun.pipeline.evaluation",
     "overlap": "cusprun.pipeline.overlap",
+    "serve": "cusprun.pipeline.serving",
     "sweep": "cusprun.pipeline.sweep",
     "run": "cusprun.pipeline.run",
     "doctor": "cusprun.diagnosis",

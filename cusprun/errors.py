@@ -68,6 +68,12 @@ class MissingDependencyError(UserError):
     """An optional runtime is not installed; the text gives the command that adds it."""
 
 
+class ServingError(CusprunError):
+    """A server ended otherwise than asked: its engine failed, or answers were cut off."""
+
+    exit_code = 3
+
+
 class MeasurementError(CusprunError):
     """A measurement did not finish."""
 

@@ -54,7 +54,7 @@ ARROWS: dict[str, set[str]] = {
     "serve.child_server": BASE | {"serve.child_process"},
     "serve.runtimes": BASE | {"serve.child_server"},
     "serve.api": set(),
-    "serve.front": {"serve.api"},
+    "serve.front": BASE | {"serve.api"},
     "serve.onnx_server": BASE | {"serve.api", "serve.front.backend", "serve.runtimes"},
     "serve.engines": BASE
     | {"serve.api", "serve.child_server", "serve.front", "serve.onnx_server", "serve.runtimes"},

@@ -16,6 +16,12 @@ _TYPES = {
 }
 
 
+TOO_LONG = "context_length_exceeded"
+"""OpenAI's code for a prompt that the context cannot hold."""
+
+_TOO_LONG_SIGNS = ("maximum context length",)  # vLLM says so in words only
+
+
 class ApiError(Exception):
     """An answer other than the one asked for: a status, one sentence, and the field at fault if any."""
 
@@ -40,7 +46,7 @@ def too_long(num_prompt_tokens: int, context_tokens: int) -> ApiError:
         400,
         f"the prompt has {num_prompt_tokens} tokens and the context holds {context_tokens}, one of which the "
         "answer needs; shorten it or serve with a larger --context",
-        code="context_length_exceeded",
+        code=TOO_LONG,
     )
 
 
@@ -56,5 +62,7 @@ def from_engine(status: int, body: Any) -> ApiError:
         if found.get("type") == "exceed_context_size_error" and "n_prompt_tokens" in found:
             return too_long(int(found["n_prompt_tokens"]), int(found["n_ctx"]))
         named = code if isinstance(code, str) else None
+        if any(sign in message for sign in _TOO_LONG_SIGNS):
+            named = TOO_LONG
         return ApiError(status, message, param=param if isinstance(param, str) else None, code=named)
     return ApiError(status, str(found) or f"the engine answered with status {status} and no reason")

@@ -14,6 +14,9 @@ CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 GENERATING = (CHAT, COMPLETIONS)
 
+DEFAULT_COMPLETION_TOKENS = 16
+"""Tokens of a completion (a chat has no such limit) unless a request says otherwise, as in OpenAI's API."""
+
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_SEED = 2**32 - 1  # llama.cpp and onnxruntime-genai keep 32 bits and cut the rest off
@@ -56,7 +59,7 @@ class Request:
 
 
 def read(route: str, body: bytes, *, default_model: str | None = None) -> Request:
-    """Read and check the JSON of a request.
+    """Read and check the JSON of a request, and fill in the model and a completion's ``max_tokens``.
 
     Raises:
         ApiError: 400 for what is no JSON object, holds NaN, infinities or unpaired surrogates, or has a field
@@ -71,6 +74,8 @@ def read(route: str, body: bytes, *, default_model: str | None = None) -> Reques
     required = {CHAT: "messages", COMPLETIONS: "prompt"}.get(route)
     if required is not None and required not in fields:
         raise ApiError(400, f"{required} is missing", param=required)
+    if route == COMPLETIONS and "max_completion_tokens" not in fields:
+        fields.setdefault("max_tokens", DEFAULT_COMPLETION_TOKENS)
     if fields.get("stream_options") is not None and fields.get("stream") is not True:
         raise ApiError(400, "stream_options goes with stream: true only", param="stream_options")
     if default_model is not None and fields.setdefault("model", default_model) != default_model:

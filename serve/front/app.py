@@ -7,6 +7,7 @@ import hmac
 import time
 from contextlib import suppress
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi import Request as HttpRequest
@@ -20,12 +21,13 @@ from serve.front.backend import Backend, Stream
 from serve.front.counters import Counters
 from serve.front.settings import FrontSettings
 
+_LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
-def build_app(backend: Backend, settings: FrontSettings) -> FastAPI:
+
+def build_app(front: Front) -> FastAPI:
     """Return the application; everything but ``/health`` wants a key when there are keys."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    front = _Front(backend, settings)
-    router = APIRouter(dependencies=[Depends(front.require_key)])
+    router = APIRouter(dependencies=[Depends(front.require_origin), Depends(front.require_key)])
     router.add_api_route(CHAT, front.generate, methods=["POST"])
     router.add_api_route(COMPLETIONS, front.generate, methods=["POST"])
     router.add_api_route("/v1/models", front.models, methods=["GET"])
@@ -39,13 +41,42 @@ def build_app(backend: Backend, settings: FrontSettings) -> FastAPI:
     return app
 
 
-class _Front:
+class Front:
+    """The routes of one backend, the requests that are under way, and whether new ones are taken."""
+
     def __init__(self, backend: Backend, settings: FrontSettings) -> None:
         self._backend = backend
         self._settings = settings
         self._keys = tuple(key.encode() for key in settings.keys)
         self._created = int(time.time())
         self._counters = Counters()
+        self._is_draining = False
+
+    @property
+    def num_under_way(self) -> int:
+        """Requests whose answers are not finished."""
+        return self._counters.num_under_way
+
+    def failure(self) -> str | None:
+        """Return why the engine has ended; None while it lives."""
+        return self._backend.failure()
+
+    def drain(self) -> None:
+        """Refuse new requests from here on."""
+        self._is_draining = True
+
+    async def require_origin(self, http: HttpRequest) -> None:
+        """Refuse pages of other sites, and names of other hosts for a server on loopback.
+
+        A browser lets any page post to loopback, and a page whose host name is made to mean 127.0.0.1 read
+        the answers as well.
+        """
+        host = http.headers.get("host", "")
+        origin = http.headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != host:
+            raise ApiError(403, "requests of web pages of other hosts are refused (CORS is off)")
+        if self._settings.is_loopback and urlsplit(f"//{host}").hostname not in _LOOPBACK_NAMES:
+            raise ApiError(403, f"the host {host[:100]!r} is not this machine's loopback")
 
     async def require_key(self, http: HttpRequest) -> None:
         """Refuse a request without one of the keys; all are compared, in a time that tells nothing."""
@@ -61,6 +92,8 @@ class _Front:
     async def generate(self, http: HttpRequest) -> Response:
         """Answer a chat or a completion, whole or as a stream."""
         with self._counters.request() as seen:
+            if self._is_draining:
+                raise ApiError(503, "the server is shutting down")
             if self._counters.num_under_way > self._settings.max_requests:
                 raise ApiError(429, f"{self._settings.max_requests} requests are under way; try again later")
             body = await self._body(http)
@@ -91,8 +124,8 @@ class _Front:
 
     async def health(self) -> JSONResponse:
         """Say whether the engine lives."""
-        ended = self._backend.failure() is not None
-        return JSONResponse({"status": "ended" if ended else "ok"}, status_code=503 if ended else 200)
+        status = "ended" if self.failure() else "draining" if self._is_draining else "ok"
+        return JSONResponse({"status": status}, status_code=200 if status == "ok" else 503)
 
     def _model(self) -> dict[str, Any]:
         return {

@@ -14,7 +14,8 @@ DRAIN_S = 30.0
 class FrontSettings:
     """``keys`` are the API keys that are taken, none asked for when empty; ``model`` the name that is served.
 
-    ``context_tokens`` is shown with the model. At most ``max_requests`` requests are under way, more are
+    ``context_tokens`` is shown with the model. On loopback only this machine's own names are taken for the
+    host. At most ``max_requests`` requests are under way, more are
     answered with 429; a body larger than ``max_body_bytes`` or slower than ``body_timeout_s`` is refused;
     ``drain_s`` is how long answers under way may go on after SIGTERM.
     """
@@ -22,6 +23,7 @@ class FrontSettings:
     model: str
     keys: tuple[str, ...] = ()
     context_tokens: int | None = None
+    is_loopback: bool = True
     max_requests: int = MAX_REQUESTS
     max_body_bytes: int = MAX_BODY_BYTES
     body_timeout_s: float = BODY_TIMEOUT_S

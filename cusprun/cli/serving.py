@@ -1,0 +1,129 @@
+"""``serve``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cusprun.cli.console import ConsoleProgress
+from cusprun.errors import UserError
+
+KEY_VARIABLE = "CUSPRUN_API_KEY"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": False})(serve)
+
+
+def serve(
+    artifact: Annotated[
+        str,
+        typer.Argument(
+            metavar="ARTIFACT", help="GGUF file, ONNX folder or model folder.", show_default=False
+        ),
+    ],
+    engine_options: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- ENGINE OPTIONS]", help="The engine's own options.", show_default=False),
+    ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="vllm, llamacpp, transformers or onnx; else by kind.", show_default=False),
+    ] = None,
+    draft: Annotated[
+        str | None,
+        typer.Option(help="Artifact whose model drafts for this one: its expert.", show_default=False),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 for a free one.")] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Key that clients must send; ${KEY_VARIABLE} and --api-key-file leave no trace.",
+            show_default=False,
+        ),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File of keys, one a line.", show_default=False)
+    ] = None,
+    insecure: Annotated[bool, typer.Option(help="Serve other machines without a key.")] = False,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of the longest prompt with its answer.", show_default=False)
+    ] = None,
+    parallel: Annotated[
+        int | None, typer.Option(help="Requests that are worked on at once.", show_default=False)
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of the engine.", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name that clients call the model.", show_default=False)
+    ] = None,
+    drain: Annotated[float, typer.Option(help="Seconds that answers may go on after SIGTERM.")] = 30.0,
+    engine_log: Annotated[bool, typer.Option(help="Show what the engine prints.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option(help="Let the engine run code from the model folder.")
+    ] = False,
+) -> None:
+    """Serve an artifact behind OpenAI's interface, on the engine that suits it."""
+    from cusprun.pipeline.serving import ServeOptions
+    from cusprun.pipeline.serving import serve as run
+
+    if api_key is not None:
+        _hide(api_key)
+    options = ServeOptions(
+        host=host,
+        port=port,
+        keys=_keys(api_key, api_key_file),
+        insecure=insecure,
+        context_tokens=context,
+        parallel=parallel,
+        num_threads=threads,
+        model=name,
+        engine_options=tuple(engine_options or ()),
+        trust_remote_code=trust_remote_code,
+        drain_s=drain,
+        show_engine_log=engine_log,
+    )
+    run(artifact, options, engine=engine, draft=draft, ready=typer.echo, progress=ConsoleProgress())
+
+
+def _keys(given: str | None, file: Path | None) -> tuple[str, ...]:
+    """Return the keys; the environment's is taken out of it, so that no engine inherits it."""
+    stated = os.environ.pop(KEY_VARIABLE, None)
+    keys = [key for key in (given, stated) if key is not None]
+    if file is not None:
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"the key file {file} cannot be read ({error}); check the path") from None
+        found = [line.strip() for line in lines if line.strip()]
+        if not found:
+            raise UserError(f"the key file {file} holds no key; write one a line")
+        keys += found
+    return tuple(dict.fromkeys(keys))
+
+
+def _hide(key: str) -> None:
+    """Start this program over with the key in its environment, which other users of the machine cannot read.
+
+    Command lines are shown to all of them. Does nothing where the command line is not this process's own.
+    """
+    words = sys.argv[1:]
+    kept: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        if word == "--":
+            kept += [word, *rest]
+        elif word == "--api-key":
+            next(rest, None)
+        elif not word.startswith("--api-key="):
+            kept.append(word)
+    if len(kept) == len(words) or not hasattr(os, "execve"):
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(sys.executable, [sys.executable, "-m", "cusprun", *kept], {**os.environ, KEY_VARIABLE: key})

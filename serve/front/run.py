@@ -1,0 +1,146 @@
+"""The server's life: a socket taken first, answers until a signal, a drain with a limit."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import ipaddress
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+import uvicorn
+
+from cusprun.errors import UserError
+from serve.front.app import Front, build_app
+from serve.front.backend import Backend
+from serve.front.settings import FrontSettings
+
+_WATCH_S = 0.5
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_BACKLOG = 2048
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How serving ended: ``failure`` is why the engine ended by itself, ``num_cut_off`` the answers that the
+    drain's limit cut off."""
+
+    failure: str | None = None
+    num_cut_off: int = 0
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine reaches ``host``."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Take an address without listening yet, so that a port in use shows before an engine is started.
+
+    Raises:
+        UserError: the port is in use or not allowed, or the host is not this machine's.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        taken = socket.socket(family, kind, protocol)
+    except (OSError, UnicodeError, OverflowError) as error:
+        raise UserError(
+            f"the host {host!r} cannot be used ({error}); give an address of this machine"
+        ) from None
+    try:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(address)
+    except (OSError, OverflowError) as error:
+        taken.close()
+        in_use = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+        reason = "is in use" if in_use else f"cannot be taken ({error})"
+        raise UserError(f"port {port} of {host} {reason}; give another --port") from None
+    return taken
+
+
+def serve_until_signal(
+    backend: Backend, settings: FrontSettings, taken: socket.socket, ready: Callable[[], None]
+) -> Outcome:
+    """Answer requests on ``taken`` until SIGINT or SIGTERM, or until the engine ends by itself.
+
+    After a signal, requests under way are finished, for at most ``settings.drain_s``; further ones get 503. A
+    second signal ends at once. ``ready`` is called once the server answers.
+    """
+    return asyncio.run(_serve(backend, settings, taken, ready))
+
+
+async def _serve(
+    backend: Backend, settings: FrontSettings, taken: socket.socket, ready: Callable[[], None]
+) -> Outcome:
+    front = Front(backend, settings)
+    server = _Server(
+        uvicorn.Config(
+            build_app(front),
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            backlog=_BACKLOG,
+            timeout_graceful_shutdown=1,
+        )
+    )
+    watch = asyncio.ensure_future(_watch(server, front, settings.drain_s, ready))
+    try:
+        await server.serve(sockets=[taken])
+        return await watch
+    finally:
+        watch.cancel()
+        await backend.close()
+
+
+async def _watch(server: _Server, front: Front, drain_s: float, ready: Callable[[], None]) -> Outcome:
+    """Wait for what ends the server, drain, and let it end."""
+    while not server.started and not server.should_exit:
+        await asyncio.sleep(0.01)
+    ready()
+    while server.num_signals == 0 and front.failure() is None:
+        await asyncio.sleep(_WATCH_S if server.num_signals == 0 else 0)
+    failure = front.failure() if server.num_signals == 0 else None
+    if failure is None:
+        front.drain()
+        deadline = asyncio.get_running_loop().time() + drain_s
+        while front.num_under_way and server.num_signals == 1:
+            if asyncio.get_running_loop().time() >= deadline:
+                break
+            await asyncio.sleep(0.05)
+    cut_off = front.num_under_way
+    server.should_exit = True
+    return Outcome(failure, cut_off)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, whose signals begin the drain of :func:`_watch` in the place of its own."""
+
+    num_signals = 0
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Count signals while the server runs; the handlers of before come back afterwards."""
+
+        def count(_number: int, _frame: FrameType | None) -> None:
+            self.num_signals += 1
+
+        before = {number: signal.signal(number, count) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
