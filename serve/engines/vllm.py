@@ -12,7 +12,7 @@ from serve.api.requests import Request
 from serve.child_server import ChildServer, free_port
 from serve.engines.options import drop_output, refuse_reserved
 from serve.engines.protocol import EngineSettings, Running
-from serve.front.proxy import Proxy, Upstream
+from serve.front.proxy import Proxy, Refusal, Upstream
 from serve.front.stop_mender import StopMender
 from serve.runtimes.vllm_process import NOISE, SERVER_MODULE, environment, find_python
 
@@ -60,8 +60,19 @@ def start(settings: EngineSettings) -> Running:
         echo=settings.echo or drop_output,
         waiting=settings.waiting,
     )
-    upstream = Upstream(server.url, key, server.failure, mender=_mender)
+    refusals = _WITH_A_DRAFT if settings.draft else ()
+    upstream = Upstream(server.url, key, server.failure, refusals, _mender)
     return Running("vLLM", Proxy(upstream), context, server.close)
+
+
+_WITH_A_DRAFT = tuple(
+    Refusal(
+        param,
+        lambda request, param=param: bool(request.fields.get(param)),  # type: ignore[misc]
+        f"vLLM ignores {param} when a draft model is used; leave it out, or serve without --draft",
+    )
+    for param in ("min_p", "logit_bias")
+)
 
 
 def _mender(request: Request) -> StopMender | None:

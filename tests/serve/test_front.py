@@ -110,11 +110,11 @@ class Client:
     def send(self, **message: Any) -> None:
         self._incoming.put_nowait(message)
 
-    async def post(self, headers: dict[str, str] | None = None) -> None:
+    async def post(self, **headers: str) -> None:
         scope = {
             "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST",
             "scheme": "http", "path": COMPLETIONS, "raw_path": COMPLETIONS.encode(), "query_string": b"",
-            "headers": [(k.encode(), v.encode()) for k, v in {"host": "localhost", **(headers or {})}.items()],
+            "headers": [(k.encode(), v.encode()) for k, v in {"host": "localhost", **headers}.items()],
         }  # fmt: skip
 
         async def receive(message: dict[str, Any]) -> None:
@@ -146,7 +146,7 @@ def test_body_over_the_limit_is_refused(is_chunked: bool) -> None:
     async def run() -> Client:
         client = Client(front_of(max_body_bytes=10)[2])
         client.send(type="http.request", body=b"x" * 11, more_body=True)
-        await client.post({} if is_chunked else {"content-length": "11"})
+        await client.post(**({} if is_chunked else {"content-length": "11"}))
         return client
 
     assert asyncio.run(run()).status == 413

@@ -212,3 +212,36 @@ def test_draft_of_the_same_model_changes_no_answer(artifacts: dict[str, Path]) -
 def test_model_is_called_by_its_file(artifacts: dict[str, Path]) -> None:
     with serving(gguf(artifacts), "--", "--n-batch", "64", "--no_perf") as endpoint:
         assert endpoint.request("/v1/models")[1]["data"][0]["id"] == "parrot"
+
+
+@pytest.mark.vllm
+class TestVllm:
+    def test_tensor_parallel_size_that_does_not_divide(self, parrot: Parrot) -> None:
+        line = refused(str(parrot.folder), "--engine", "vllm", "--", "--tensor-parallel-size", "3")
+        assert "divide its heads and widths: 1, 2, 4" in line
+        assert "1, 2, 4" in refused(str(parrot.folder), "--engine", "vllm", "--", "-tp=8")
+
+    def test_options_that_go_round_the_front(self, parrot: Parrot) -> None:
+        for option in ("--api-key=x", "--trust-remote", "--host"):
+            assert "itself" in refused(str(parrot.folder), "--engine", "vllm", "--", option)
+
+    def test_draft_changes_no_answer(self, parrot: Parrot) -> None:
+        folder = str(parrot.folder)
+        with serving(folder, "--engine", "vllm", "--draft", folder, "--", "--enforce-eager") as endpoint:
+            assert endpoint.complete(prompt=PROMPT)[1]["choices"][0]["text"] == ANSWER
+            _, metrics = endpoint.request("/metrics")
+            (line,) = [
+                m for m in metrics.splitlines() if m.startswith("vllm:spec_decode_num_accepted_tokens_total")
+            ]
+            assert float(line.split()[-1]) > 0
+            status, answer = endpoint.complete(prompt=PROMPT, min_p=0.1)
+            assert (status, answer["error"]["param"]) == (400, "min_p")
+
+    def test_corrupt_folder(self, parrot: Parrot, tmp_path: Path) -> None:
+        broken = tmp_path / "broken"
+        broken.mkdir()
+        for file in parrot.folder.iterdir():
+            data = file.read_bytes()
+            (broken / file.name).write_bytes(data[:1000] if file.suffix == ".safetensors" else data)
+        line = refused(str(broken), "--engine", "vllm")
+        assert str(broken) in line
