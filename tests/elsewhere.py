@@ -1,7 +1,7 @@
 """A device that only seems to be one: host tensors that refuse to meet other host tensors.
 
-A forgotten transfer shows as the error that a real accelerator would raise, on any machine. ``ipu`` is a name that
-torch knows and needs no library for.
+A forgotten transfer shows as the error that a real accelerator would raise, on any machine. ``ipu`` is a name
+that torch knows and needs no library for.
 """
 
 from __future__ import annotations

@@ -3,42 +3,36 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from device_checks import CORPORA, EXPERT, LONG, Heard, assert_close_entries, planned, short_of_memory
 from elsewhere import ELSEWHERE, elsewhere
-from safetensors.torch import load_file
-from tiny import VOCAB, documents, save_model
+from tiny import save_model
 
 from cusprun.checkpoint.index import CheckpointIndex, model_hash, open_checkpoint
 from cusprun.errors import ConfigError, DeviceError
 from cusprun.pipeline.stages import OpenModel, scored
-from cusprun.progress import Advance
 from cusprun.pruning import refit_walk
 from cusprun.pruning.folder import Provenance, write_expert
 from cusprun.pruning.neuron_score import score_neurons
-from cusprun.pruning.planner import make_plan
 from cusprun.pruning.refit import RefitSettings
 from cusprun.pruning.rewrite import write_weights
 from cusprun.pruning.score import score_model
 from cusprun.pruning.store import open_store
 from cusprun.quality.likelihood import measure_likelihood
 from cusprun.recipe import load_recipe
-from cusprun.records import Corpora, Expert, Plan, TokenizedDocument
+from cusprun.records import Corpora
 from cusprun.walk.device import CPU, Device, check_device, open_device
 from cusprun.walk.importance import importance_of
 from cusprun.walk.shell import DecoderShell
 
 FAMILIES = ("llama-untied-biased", "gemma3", "phi3-partial-rotary")
 """Biases and a head of its own; norms behind projections, windows and a tied head; fused projections."""
-LONG = TokenizedDocument("task", "long", tuple(number % VOCAB for number in range(7, 117)))
-CORPORA = Corpora((*documents(8, 0, "domain"), *documents(6, 1, "task"), LONG), documents(3, 2))
-"""With one document long enough for the impacts of its queries and keys to be estimated."""
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -49,51 +43,6 @@ def index(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> CheckpointIndex:
     return open_checkpoint(save_model(tmp_path_factory.mktemp("llama") / "model"))
-
-
-def planned(index: CheckpointIndex, store: Path, rule: str = "mean") -> Plan:
-    return make_plan(
-        index, open_store(store), model_hash="m", ratio=0.4, rule=rule, targets=("gguf:f16",), units=()
-    )
-
-
-def assert_same_files(one: Path, other: Path) -> None:
-    files = sorted(path.name for path in one.glob("*.safetensors"))
-    assert files == sorted(path.name for path in other.glob("*.safetensors"))
-    for name in files:
-        ours, theirs = load_file(one / name), load_file(other / name)
-        assert ours.keys() == theirs.keys()
-        for key, tensor in ours.items():
-            torch.testing.assert_close(tensor, theirs[key], rtol=1e-5, atol=1e-6, msg=f"{name}: {key}")
-
-
-class Heard:
-    """A listener that keeps the names of the stages."""
-
-    def __init__(self) -> None:
-        self.stages: list[str] = []
-
-    @contextmanager
-    def stage(self, name: str, total: int, unit: str = "") -> Iterator[Advance]:
-        self.stages.append(name)
-        yield lambda _done: None
-
-
-def short_of_memory(
-    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, times: int, after: int = 0
-) -> list[int]:
-    """Let calls of a function fail as a full device does: ``times`` in a row after the first ``after``."""
-    own: Callable[..., Any] = getattr(owner, name)
-    calls = [0]
-
-    def call(*args: Any, **options: Any) -> Any:
-        calls[0] += 1
-        if after < calls[0] <= after + times:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return own(*args, **options)
-
-    monkeypatch.setattr(owner, name, call)
-    return calls
 
 
 def test_a_forgotten_transfer_would_be_seen() -> None:
@@ -117,7 +66,7 @@ def test_scores_are_computed_on_the_device(
     with elsewhere() as away:
         score(index, CORPORA, tmp_path / "away", model_hash="m", corpus_hash="c", device=ELSEWHERE)
     assert away.operations > 500
-    assert_same_files(tmp_path / "host", tmp_path / "away")
+    assert_close_entries(tmp_path / "host", tmp_path / "away")
     stores = [open_store(tmp_path / name) for name in ("host", "away")]
     assert [store.infos[0].device for store in stores] == ["cpu", "ipu"]
     assert stores[0].store_hash != stores[1].store_hash
@@ -144,7 +93,7 @@ def test_the_refit_is_collected_and_solved_on_the_device(
         if device is CPU:
             wanted = written
     assert written.layers == wanted.layers
-    assert_same_files(tmp_path / "host", tmp_path / "away")
+    assert_close_entries(tmp_path / "host", tmp_path / "away")
 
 
 def test_quality_and_importance_are_measured_on_the_device(index: CheckpointIndex, tmp_path: Path) -> None:
@@ -169,7 +118,7 @@ def test_quality_and_importance_are_measured_on_the_device(index: CheckpointInde
 def test_an_expert_says_what_it_was_made_on(llama: CheckpointIndex, tmp_path: Path) -> None:
     score_model(llama, CORPORA, tmp_path / "store", model_hash="m", corpus_hash="c")
     plan = planned(llama, tmp_path / "store")
-    provenance = Provenance("tiny", "m", "c", Expert("tiny", {"domain": ()}), {})
+    provenance = Provenance("tiny", "m", "c", EXPERT, {})
     with elsewhere():
         there = write_expert(
             llama, plan, tmp_path / "away", corpora=CORPORA, provenance=provenance, device=ELSEWHERE
@@ -190,21 +139,20 @@ def test_memory_that_is_short_once_means_smaller_batches(
     score_model(llama, many, tmp_path / "found", model_hash="m", corpus_hash="c", progress=heard)
     assert heard.stages == ["scoring", "scoring, again in smaller batches because cpu ran out of memory"]
     assert calls[0] == 4 + 3 * 5  # 4 documents of 110 tokens in 512, and three blocks
-    assert_same_files(tmp_path / "wanted", tmp_path / "found")
+    assert_close_entries(tmp_path / "wanted", tmp_path / "found")
 
 
 def work_of(name: str, index: CheckpointIndex, out: Path) -> Callable[[], object]:
-    corpora = Corpora(CORPORA.calibration, CORPORA.held_out)
-    provenance = Provenance("tiny", "m", "c", Expert("tiny", {"domain": ()}), {})
+    provenance = Provenance("tiny", "m", "c", EXPERT, {})
     if name == "prune":
-        store = score_model(index, corpora, out.parent / "store", model_hash="m", corpus_hash="c")
+        store = score_model(index, CORPORA, out.parent / "store", model_hash="m", corpus_hash="c")
         plan = planned(index, store)
-        return lambda: write_expert(index, plan, out, corpora=corpora, provenance=provenance)
-    ids = [document.token_ids for document in corpora.held_out]
+        return lambda: write_expert(index, plan, out, corpora=CORPORA, provenance=provenance)
+    ids = [document.token_ids for document in CORPORA.held_out]
     return {
-        "units": lambda: score_model(index, corpora, out, model_hash="m", corpus_hash="c"),
-        "neurons": lambda: score_neurons(index, corpora, out, model_hash="m", corpus_hash="c"),
-        "quality": lambda: measure_likelihood(index, corpora.held_out),
+        "units": lambda: score_model(index, CORPORA, out, model_hash="m", corpus_hash="c"),
+        "neurons": lambda: score_neurons(index, CORPORA, out, model_hash="m", corpus_hash="c"),
+        "quality": lambda: measure_likelihood(index, CORPORA.held_out),
         "importance": lambda: importance_of(index, ids),
     }[name]
 
@@ -242,18 +190,18 @@ def test_what_the_device_cannot_solve_the_host_does(
             llama, plan, tmp_path / "found", CORPORA.calibration, settings=settings, device=ELSEWHERE
         )
     assert "too little memory to solve" in caplog.text
-    assert_same_files(tmp_path / "wanted", tmp_path / "found")
+    assert_close_entries(tmp_path / "wanted", tmp_path / "found")
 
 
 def test_scores_in_the_cache_are_kept_apart_by_kind_of_device(
     llama: CheckpointIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUSPRUN_CACHE", str(tmp_path))
-    digest, expert = model_hash(llama), Expert("tiny", {"domain": ()})
+    digest = model_hash(llama)
 
     def store_on(device: Device) -> Path:
         with elsewhere():
-            return scored(OpenModel(llama, digest, "tiny", device), expert, CORPORA, Heard())
+            return scored(OpenModel(llama, digest, "tiny", device), EXPERT, CORPORA, Heard())
 
     host, away = store_on(CPU), store_on(ELSEWHERE)
     assert host != away
