@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -34,6 +35,8 @@ class Batching:
 
 DEFAULT_BATCHING = Batching()
 
+_SIGNS = ("CUBLAS_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+
 
 def with_smaller_batches(device: Device, work: Callable[[Batching], T]) -> T:
     """Return what ``work`` returns, done again from its start in smaller batches when memory is short.
@@ -42,13 +45,15 @@ def with_smaller_batches(device: Device, work: Callable[[Batching], T]) -> T:
         DeviceError: the device runs out of memory again.
     """
     try:
-        return work(DEFAULT_BATCHING)
+        with _told_as_one():
+            return work(DEFAULT_BATCHING)
     except torch.OutOfMemoryError:
         pass  # and out of the clause, for the error keeps the tensors of its frames alive
     device.free()
     note = f", again in smaller batches because {device.name} ran out of memory"
     try:
-        return work(Batching(SMALLER_BATCH_TOKENS, note))
+        with _told_as_one():
+            return work(Batching(SMALLER_BATCH_TOKENS, note))
     except torch.OutOfMemoryError:
         raise DeviceError(
             f"{device.name} has too little memory, for a quarter of the usual batch too; free some of it, "
@@ -56,10 +61,22 @@ def with_smaller_batches(device: Device, work: Callable[[Batching], T]) -> T:
         ) from None
 
 
+@contextmanager
+def _told_as_one() -> Iterator[None]:
+    """Make ``OutOfMemoryError`` of what libraries and drivers say, which torch passes on as plain errors."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or not any(sign in str(error) for sign in _SIGNS):
+            raise
+        raise torch.OutOfMemoryError(str(error)) from None
+
+
 def on_device_or_host(device: Device, on_device: Callable[[], T], on_host: Callable[[], T]) -> T:
     """Return what ``on_device`` returns or, where the device has too little memory for it, ``on_host``."""
     try:
-        return on_device()
+        with _told_as_one():
+            return on_device()
     except torch.OutOfMemoryError:
         pass
     device.free()

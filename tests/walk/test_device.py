@@ -28,6 +28,7 @@ from cusprun.quality.likelihood import measure_likelihood
 from cusprun.recipe import load_recipe
 from cusprun.records import Corpora
 from cusprun.walk.device import CPU, Device, check_device, open_device
+from cusprun.walk.fallback import Batching, with_smaller_batches
 from cusprun.walk.importance import importance_of
 from cusprun.walk.shell import DecoderShell
 
@@ -157,6 +158,25 @@ def work_of(name: str, index: CheckpointIndex, out: Path) -> Callable[[], object
     }[name]
 
 
+def test_what_a_library_of_the_device_says_of_its_memory_counts_too() -> None:
+    tried: list[int] = []
+
+    def work(batching: Batching) -> int:
+        tried.append(batching.tokens)
+        if len(tried) == 1:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+        return batching.share_of(3)
+
+    assert with_smaller_batches(CPU, work) == 1
+    assert tried == [2048, 512]
+    with pytest.raises(RuntimeError, match="another fault"):
+        with_smaller_batches(CPU, lambda _batching: fail("another fault"))
+
+
+def fail(text: str) -> None:
+    raise RuntimeError(text)
+
+
 @pytest.mark.parametrize("name", ["units", "neurons", "prune", "quality", "importance"])
 def test_memory_that_stays_short_is_refused(
     name: str, llama: CheckpointIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -244,6 +264,16 @@ def test_a_number_that_is_not_there_and_a_gpu_that_does_not_work(monkeypatch: py
     with pytest.raises(DeviceError, match=r"cuda:1 does not work .*no kernel image is available for"):
         open_device("cuda:1")
     assert open_device("auto") is CPU
+
+
+def test_every_command_that_runs_a_model_takes_a_device() -> None:
+    import typer
+
+    from cusprun.cli.app import app
+
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    taking = {name for name, command in commands.items() if any("--device" in p.opts for p in command.params)}
+    assert taking == {"score", "prune", "sweep", "eval", "export", "run"}
 
 
 def test_a_recipe_names_a_device(tmp_path: Path) -> None:
