@@ -64,6 +64,10 @@ class ExportError(UserError):
     """The model cannot be written in the wanted format."""
 
 
+class DeviceError(UserError):
+    """A device is unknown, not there, does not work, or has too little memory."""
+
+
 class MissingDependencyError(UserError):
     """An optional runtime is not installed; the text gives the command that adds it."""
 

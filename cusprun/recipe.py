@@ -13,6 +13,7 @@ from cusprun.errors import UserError, nearest
 from cusprun.paths import expand_home
 from cusprun.pipeline.wishes import BUDGETS, DEFAULT_RATIO, PruneWishes
 from cusprun.records import DIMENSIONS, UNITS
+from cusprun.walk.device import DEFAULT_DEVICE, check_device
 
 if TYPE_CHECKING:
     from exporters.registry import Format
@@ -44,7 +45,7 @@ class BenchSpec:
 class Recipe:
     """A recipe as it is run; ``expert`` and ``out`` are absolute, ``bench`` is None when nothing is measured.
 
-    ``wishes`` say how to prune. ``model`` is a path, a hub id or ``package:NAME``.
+    ``wishes`` say how to prune. ``model`` is a path, a hub id or ``package:NAME``; ``device`` is to run it.
     """
 
     model: str
@@ -55,6 +56,7 @@ class Recipe:
     verify: bool
     evaluate: bool
     bench: BenchSpec | None
+    device: str = DEFAULT_DEVICE
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -78,6 +80,7 @@ def load_recipe(path: Path) -> Recipe:
         verify=root.take("verify", bool, True),
         evaluate=root.take("eval", bool, True),
         bench=_bench(root, exports),
+        device=root.take("device", str, DEFAULT_DEVICE, _valid(check_device)),
     )
     root.finish()
     return recipe

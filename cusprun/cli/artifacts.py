@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from cusprun.cli.console import ConsoleProgress, stdout
-from cusprun.cli.options import JsonFile, OptionalExpertFile, refuse_existing_json, write_json
+from cusprun.cli.options import DeviceName, JsonFile, OptionalExpertFile, refuse_existing_json, write_json
+from cusprun.walk.device import DEFAULT_DEVICE
 
 
 def register(app: typer.Typer) -> None:
@@ -52,6 +53,7 @@ def export(
             show_default=False,
         ),
     ] = None,
+    device: DeviceName = DEFAULT_DEVICE,
 ) -> None:
     """Write a model for a runtime, and prove that it computes the same."""
     from cusprun.pipeline.artifacts import export as run
@@ -66,6 +68,7 @@ def export(
         options=options,
         verify=prove,
         expert=expert,
+        device=device,
         progress=ConsoleProgress(),
     )
     typer.echo(f"wrote {path}")

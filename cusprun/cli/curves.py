@@ -9,6 +9,7 @@ import typer
 
 from cusprun.cli.console import ConsoleProgress, stdout
 from cusprun.cli.options import (
+    DeviceName,
     ExpertFile,
     JsonFile,
     Model,
@@ -23,6 +24,7 @@ from cusprun.cli.options import (
     split_list,
     write_json,
 )
+from cusprun.walk.device import DEFAULT_DEVICE
 
 
 def register(app: typer.Typer) -> None:
@@ -77,6 +79,7 @@ def sweep(
     refit: Refit = True,
     weight: Weights = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep every expert in the folder.")] = False,
+    device: DeviceName = DEFAULT_DEVICE,
 ) -> None:
     """Show how quality falls with size: score once, then make and measure an expert of each ratio."""
     from cusprun.cli.tables import sweep_tables
@@ -93,6 +96,7 @@ def sweep(
         refit=refit,
         dimension_weights=parse_weights(weight),
         keep=keep,
+        device=device,
         progress=ConsoleProgress(),
     )
     console = stdout()

@@ -9,6 +9,7 @@ import typer
 
 from cusprun.cli.console import ConsoleProgress, stdout
 from cusprun.cli.options import (
+    DeviceName,
     ExpertFile,
     JsonFile,
     Model,
@@ -28,6 +29,7 @@ from cusprun.cli.options import (
     split_list,
     write_json,
 )
+from cusprun.walk.device import DEFAULT_DEVICE
 
 ScorePaths = Annotated[
     list[str] | None,
@@ -52,11 +54,13 @@ def score(
     granularity: Annotated[
         str, typer.Option(help="unit (FFN channels, heads, blocks) or neuron (rows and columns).")
     ] = "unit",
+    device: DeviceName = DEFAULT_DEVICE,
 ) -> None:
     """Score every unit of a model, or every single neuron, on an expert's documents."""
     from cusprun.pipeline.stages import score as run
 
-    typer.echo(f"wrote {run(model, expert, out, granularity=granularity, progress=ConsoleProgress())}")
+    made = run(model, expert, out, granularity=granularity, device=device, progress=ConsoleProgress())
+    typer.echo(f"wrote {made}")
 
 
 def plan(
@@ -128,6 +132,7 @@ def prune(
     shard_size: Annotated[
         str | None, typer.Option(help="Most bytes in one weight file, like 2GB.", show_default=False)
     ] = None,
+    device: DeviceName = DEFAULT_DEVICE,
 ) -> None:
     """Write the smaller model that an expert needs; scores and plans itself unless given both."""
     from cusprun.cli.tables import manifest_tables, neuron_tables
@@ -151,6 +156,7 @@ def prune(
         refit=refit,
         dimension_weights=parse_weights(weight),
         shard_bytes=parse_size(shard_size),
+        device=device,
         progress=ConsoleProgress(),
     )
     console = stdout()
@@ -173,6 +179,7 @@ def evaluate(
     batch_size: Annotated[
         int | None, typer.Option(help="Prompts that a task runs at one time. Default 8.", show_default=False)
     ] = None,
+    device: DeviceName = DEFAULT_DEVICE,
     json: JsonFile = None,
 ) -> None:
     """Measure perplexity on an expert's held-out documents and on general text, agreement, and tasks."""
@@ -180,7 +187,7 @@ def evaluate(
     from cusprun.pipeline.evaluation import evaluate as run
 
     refuse_existing_json(json)
-    report = run(models, expert, tasks, batch_size=batch_size, progress=ConsoleProgress())
+    report = run(models, expert, tasks, batch_size=batch_size, device=device, progress=ConsoleProgress())
     write_json(report, json)
     console = stdout()
     for table in quality_tables(report):

@@ -80,6 +80,13 @@ Weights = Annotated[
         show_default=False,
     ),
 ]
+DeviceName = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        help="Where models run: cpu, cuda, cuda:N, or auto (CUDA where it works, else the CPU).",
+    ),
+]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", help="Also write the whole report to this file.", show_default=False)

@@ -18,13 +18,17 @@ def register(app: typer.Typer) -> None:
 
 def run_recipe(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", show_default=False)],
+    device: Annotated[
+        str | None,
+        typer.Option(help="Where models run, instead of the recipe's 'device'.", show_default=False),
+    ] = None,
     json: JsonFlag = False,
 ) -> None:
     """Run a recipe: from a model to a measured expert, with one table at the end."""
     from cusprun.cli.tables import row_table
     from cusprun.pipeline.run import run
 
-    report = run(recipe, progress=ConsoleProgress())
+    report = run(recipe, device=device, progress=ConsoleProgress())
     if json:
         print_json(report)
     else:

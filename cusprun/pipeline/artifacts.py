@@ -17,6 +17,7 @@ from cusprun.progress import SILENT, Progress
 from cusprun.records import Expert
 from cusprun.resolve import StrPath, locate, resolve
 from cusprun.version import __version__
+from cusprun.walk.device import DEFAULT_DEVICE, open_device
 
 if TYPE_CHECKING:
     from cusprun.checkpoint.index import CheckpointIndex
@@ -38,17 +39,20 @@ def export(
     options: Mapping[str, Any] | None = None,
     verify: bool = True,
     expert: StrPath | Expert | None = None,
+    device: str = DEFAULT_DEVICE,
     progress: Progress = SILENT,
 ) -> Path:
     """Write a model as an artifact for a runtime, prove that it computes the same, and return its path.
 
     ``to`` is ``gguf`` (a file), ``onnx`` or ``vllm`` (folders); ``quant`` one of the format's precisions, its
     default otherwise; ``options`` are the fields of the format's ``Options``. Quantisers are calibrated on
-    the calibration documents of ``expert``, or of the expert that the folder's ``cusprun.json`` names. The
+    the calibration documents of ``expert``, or of the expert that the folder's ``cusprun.json`` names, which
+    run on ``device`` (that of :func:`cusprun.score`). The
     proof (see :func:`cusprun.verify`) leaves ``<out>.parity.json``; an artifact that fails it is renamed to
     ``<out>.rejected``.
 
     Raises:
+        DeviceError: the device is unknown, does not work or has too little memory.
         ExportError: the format, precision or an option is unknown, or the model cannot be written in it.
         ModelError: the model is missing, damaged, not what its manifest says, or not finite.
         OutputError: ``out`` exists, cannot be written or does not fit on the disk.
@@ -58,6 +62,7 @@ def export(
     from cusprun.checkpoint.index import open_checkpoint
     from exporters.registry import format_of
 
+    where = open_device(device)
     target = fresh_output(out)
     chosen = format_of(to)
     quant = quant or chosen.default_quant
@@ -72,7 +77,7 @@ def export(
         log.info("note: %s", loss)
     wanted = verify or quant in chosen.calibrated
     corpora = known_corpora(source, expert, progress) if wanted else None
-    importance = importance_for(chosen, quant, asked, index, corpora, progress)
+    importance = importance_for(chosen, quant, asked, index, corpora, progress, where)
     chosen.export(source, target, quant=quant, options=asked, importance=importance, progress=progress)
     if verify:
         try:

@@ -105,6 +105,7 @@ def _generated(
         [expert.seed, expert.max_tokens],
         [prompt.seed for prompt in prompts],
         __version__,
+        *opened.device.key,
     )
 
     def make(path: Path) -> None:
@@ -134,11 +135,12 @@ def _generate(
 
     assert expert.augment is not None
     rows = continuations(
-        load_stock_model(opened.index.folder),
+        load_stock_model(opened.index.folder, opened.device),
         load_tokenizer(opened.index.folder),
         prompts,
         expert.augment.temperature,
         progress,
+        device=opened.device,
     )
     with atomic_file(path) as partial:
         partial.write_bytes(json_bytes(Generated(tuple(" ".join(map(str, row)) for row in rows))))

@@ -12,6 +12,7 @@ from cusprun.errors import CusprunError
 from cusprun.progress import SILENT, Progress
 from cusprun.records import Corpora, Expert, Manifest, TokenizedDocument
 from cusprun.resolve import StrPath
+from cusprun.walk.device import CPU, Device
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,6 +84,7 @@ def importance_for(
     index: CheckpointIndex,
     corpora: Corpora | None,
     progress: Progress = SILENT,
+    device: Device = CPU,
 ) -> Mapping[str, NDArray[np.float32]] | None:
     """Return the mean squared input of every matrix on calibration documents, where the export profits.
 
@@ -96,5 +98,5 @@ def importance_for(
         log.info("note: no expert is known, so %s is made without its documents; give --expert", quant)
         return None
     documents = first_tokens(in_turns(corpora.calibration), IMPORTANCE_TOKENS)
-    importance: Mapping[str, NDArray[np.float32]] = importance_of(index, documents, progress)
+    importance: Mapping[str, NDArray[np.float32]] = importance_of(index, documents, progress, device=device)
     return importance

@@ -51,8 +51,9 @@ class SweepReport:
     """``sweep.json``: one model and expert at several sizes, ascending by ratio.
 
     ``inputs_hash`` stands for everything that the curve was made from, so that with a ratio it stands for a
-    point. ``original`` is the point at ratio 0. Intervals are bootstrap intervals over documents, and those
-    of ratios are paired: original and expert see the same draws.
+    point. ``device`` is the kind that models ran on, ``cpu`` or ``cuda``. ``original`` is the point at ratio
+    0. Intervals are bootstrap intervals over documents, and those of ratios are paired: original and expert
+    see the same draws.
     """
 
     created: str
@@ -75,6 +76,7 @@ class SweepReport:
     confidence: float = CONFIDENCE
     resamples: int = RESAMPLES
     seed: int = 0
+    device: str = "cpu"
     schema_version: int = 1
 
     def rows(self) -> tuple[CurvePoint, ...]:

@@ -13,6 +13,7 @@ from cusprun.progress import SILENT, Progress
 from cusprun.records import Corpora, Expert, TokenizedDocument
 from cusprun.resolve import StrPath
 from cusprun.version import __version__
+from cusprun.walk.device import DEFAULT_DEVICE, open_device
 
 if TYPE_CHECKING:
     from cusprun.pipeline.stages import OpenModel
@@ -29,6 +30,7 @@ def evaluate(
     tasks: StrPath | None = None,
     *,
     batch_size: int | None = None,
+    device: str = DEFAULT_DEVICE,
     progress: Progress = SILENT,
 ) -> EvalReport:
     """Measure perplexity on an expert's held-out documents and on its general text, in float32; and tasks.
@@ -38,9 +40,10 @@ def evaluate(
 
     ``tasks`` is a file of tasks, as told at :func:`cusprun.quality.tasks.load_tasks`, that lm-eval runs on
     each model in the type of its weights, ``batch_size`` prompts at a time (8); the others also get the
-    difference of their scores and the reference's.
+    difference of their scores and the reference's. ``device`` is that of :func:`cusprun.score`.
 
     Raises:
+        DeviceError: the device is unknown, does not work or has too little memory.
         ConfigError: the expert file or the tasks file has faults.
         CorpusError: documents are missing, or none is held out.
         MissingDependencyError: there are tasks, and lm-eval is not installed.
@@ -54,9 +57,10 @@ def evaluate(
     if not names:
         raise UserError("no model was given; name at least one")
     _check_batch_size(batch_size, tasks)
+    where = open_device(device)
     chosen = as_expert(expert)
     wanted = () if tasks is None else _ready_tasks(Path(tasks))
-    opened = [open_model(name, progress) for name in names]
+    opened = [open_model(name, progress, where) for name in names]
     _require_room(opened, wanted)
     corpora = build_corpora(chosen, opened[0].index.folder, progress)
     sets = measured_sets(corpora, chosen)
@@ -120,6 +124,7 @@ def measure_tasks(
             context_length(model),
             tasks,
             batch_size=batch_size or DEFAULT_BATCH_SIZE,
+            device=model.device,
             progress=progress,
         )
         qualities = tuple(
@@ -160,7 +165,7 @@ def measure(
     documents = [document for group in sets.values() for document in group]
     reference = opened[0].index if len(opened) > 1 else None
     measured = [
-        measure_likelihood(model.index, documents, reference, progress=progress)
+        measure_likelihood(model.index, documents, reference, device=model.device, progress=progress)
         for model in (opened[1:] or opened)
     ]
     # A comparison runs the reference anyway, so its own row needs no pass of its own.

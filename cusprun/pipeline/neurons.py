@@ -79,6 +79,7 @@ def prune_neurons(
             seconds=seconds,
         ),
         measure=bool(corpora.held_out),
+        device=opened.device,
         progress=progress,
     )
 
@@ -104,6 +105,7 @@ def scored_neurons(
             corpus_hash=corpus_hash,
             expert_name=expert.name,
             exact=exact,
+            device=opened.device,
             progress=progress,
         )
 

@@ -40,10 +40,10 @@ def original_likelihoods(
     from cusprun.quality.likelihood import DocumentLikelihood, measure_likelihood
 
     tokens = [document.token_ids for document in documents]
-    name = key_of("likelihood", opened.model_hash, tokens, __version__)
+    name = key_of("likelihood", opened.model_hash, tokens, __version__, *opened.device.key)
 
     def make(path: Path) -> None:
-        found = measure_likelihood(opened.index, documents, progress=progress)
+        found = measure_likelihood(opened.index, documents, device=opened.device, progress=progress)
         counts = tuple(item.num_predicted_tokens for item in found)
         dump_json(_Sums(counts, tuple(item.negative_log_likelihood for item in found)), path)
 

@@ -22,6 +22,7 @@ from cusprun.recipe import ExportSpec, Recipe, load_recipe
 from cusprun.records import Corpora, Expert, Manifest
 from cusprun.resolve import StrPath
 from cusprun.version import __version__
+from cusprun.walk.device import open_device
 
 if TYPE_CHECKING:
     from cusprun.quality.report import EvalReport
@@ -95,29 +96,32 @@ class _OutFolder:
         dump_json(Stages({**self._keys(), name: key}), self.folder / _STAGES_FILE)
 
 
-def run(recipe: StrPath | Recipe, *, progress: Progress = SILENT) -> RunReport:
+def run(recipe: StrPath | Recipe, *, device: str | None = None, progress: Progress = SILENT) -> RunReport:
     """Run a recipe: resolve, prune, export, prove, evaluate, measure; write and return the results.
 
     ``out`` then holds ``expert/`` (the Hugging Face folder), an artifact of original and expert for each
     entry of ``exports``, and the table as ``results.json`` and ``results.md``. Run again, it continues from
-    the finished stages; an output that was made from other inputs is never replaced.
+    the finished stages; an output that was made from other inputs is never replaced. ``device``, when given,
+    stands in for the recipe's.
 
     Raises:
+        DeviceError: the device is unknown, does not work or has too little memory.
         ConfigError: the recipe or its expert has faults.
         OutputError: an output cannot be written, or belongs to another recipe.
         CusprunError: whatever a stage raises.
     """
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
+    where = open_device(chosen.device if device is None else device)
     expert = as_expert(chosen.expert)
     chosen.wishes.check_dimensions(expert)
     if chosen.verify or chosen.bench:
         for spec in chosen.exports:
             RUNTIMES[spec.to].require()
     out = _OutFolder(_made(Path(chosen.out)))
-    before = open_model(chosen.model, progress)
+    before = open_model(chosen.model, progress, where)
     corpora = corpora_of(before, expert, progress)
     folder = _prune(chosen, expert, before, corpora, out, progress)
-    after = open_model(folder, progress)
+    after = open_model(folder, progress, where)
     artifacts = {
         spec: {
             side: _export(model, spec, side, corpora, out, progress)
@@ -167,6 +171,7 @@ def _prune(
         corpus_hash(corpora),
         to_plain(recipe.wishes),
         __version__,
+        *before.device.key,
     )
     return out.model_or_artifact(
         _AFTER, key, lambda path: prune_opened(before, expert, corpora, path, recipe.wishes, progress)
@@ -184,8 +189,10 @@ def _export(
     options = chosen.options(dict(spec.options))
     for loss in chosen.check(model.index, spec.quant, options):
         log.info("note: %s", loss)
-    documents = corpus_hash(corpora) if spec.quant in chosen.calibrated else ""
-    key = ("export", model.model_hash, spec.to, spec.quant, spec.options, documents, __version__)
+    calibrated = spec.quant in chosen.calibrated
+    documents = corpus_hash(corpora) if calibrated else ""
+    device = model.device.key if calibrated else ()
+    key = ("export", model.model_hash, spec.to, spec.quant, spec.options, documents, __version__, *device)
     return out.model_or_artifact(
         f"{side}-{spec.quant}{chosen.suffix}",
         key_of(*key),
@@ -194,7 +201,9 @@ def _export(
             path,
             quant=spec.quant,
             options=options,
-            importance=importance_for(chosen, spec.quant, options, model.index, corpora, progress),
+            importance=importance_for(
+                chosen, spec.quant, options, model.index, corpora, progress, model.device
+            ),
             progress=progress,
         ),
     )
@@ -252,7 +261,8 @@ def _evaluate(
 
     sets = measured_sets(corpora, expert)
     texts = {name: [document.text_hash for document in group] for name, group in sets.items()}
-    key = key_of("eval", before.model_hash, after.model_hash, texts, expert.max_tokens, __version__)
+    inputs = (before.model_hash, after.model_hash, texts, expert.max_tokens, __version__)
+    key = key_of("eval", *inputs, *before.device.key)
     return out.measurement(
         "eval.json", EvalReport, key, lambda: measure([before, after], expert, sets, progress)
     )

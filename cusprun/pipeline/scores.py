@@ -32,7 +32,7 @@ def cached_store(
     """Return the store of a model and corpora in the cache, made unless it is there and sound.
 
     ``score`` gets the folder to write and the hash of the corpora; ``inputs`` are what else its scores
-    depend on.
+    depend on. A device's scores are kept apart from the CPU's, which they equal only to rounding.
 
     Raises:
         OutputError: the cache cannot be written, or holds a damaged store that cannot be removed.
@@ -43,6 +43,7 @@ def cached_store(
     from cusprun.pruning.store_layout import store_bytes
 
     digest, tokenizer = corpus_hash(corpora), tokenizer_hash(opened.index.folder)
+    inputs = (*inputs, *opened.device.key)
     name = key_of("score", granularity, opened.model_hash, digest, tokenizer, __version__, *inputs)
 
     def make(path: Path) -> None:

@@ -15,6 +15,7 @@ from cusprun.pipeline.wishes import DEFAULT_RATIO, PlanWishes, PruneWishes, stor
 from cusprun.progress import SILENT, Progress
 from cusprun.records import GRANULARITIES, Corpora, Expert, Manifest, NeuronManifest, Plan
 from cusprun.resolve import StrPath, as_paths, resolve
+from cusprun.walk.device import CPU, DEFAULT_DEVICE, Device, open_device
 
 if TYPE_CHECKING:
     from cusprun.checkpoint.index import CheckpointIndex
@@ -26,14 +27,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A model that was found and checked; ``source`` is what reports call it."""
+    """A model that was found and checked; ``source`` is what reports call it, ``device`` is to run it."""
 
     index: CheckpointIndex
     model_hash: str
     source: str
+    device: Device = CPU
 
 
-def open_model(model: StrPath, progress: Progress = SILENT) -> OpenModel:
+def open_model(model: StrPath, progress: Progress = SILENT, device: Device = CPU) -> OpenModel:
     """Resolve a model, check its headers and hash its weights."""
     from cusprun.checkpoint.index import model_hash, open_checkpoint
     from cusprun.walk.shell import load_config
@@ -44,7 +46,7 @@ def open_model(model: StrPath, progress: Progress = SILENT) -> OpenModel:
     with progress.stage("hashing the model", 1) as advance:
         digest = model_hash(index)
         advance(1)
-    return OpenModel(index, digest, located.source)
+    return OpenModel(index, digest, located.source, device)
 
 
 def as_expert(expert: StrPath | Expert) -> Expert:
@@ -60,14 +62,17 @@ def score(
     out: StrPath,
     *,
     granularity: str = "unit",
+    device: str = DEFAULT_DEVICE,
     progress: Progress = SILENT,
 ) -> Path:
     """Score every FFN channel, query head, KV group and block on an expert's documents into a store ``out``.
 
     With ``granularity="neuron"`` the store holds single rows of Q, K and V, columns of O and FFN channels. A
-    store of the same model and documents in the cache is copied, and nothing is computed again.
+    store of the same model and documents in the cache is copied, and nothing is computed again. ``device`` is
+    ``cpu``, ``cuda``, ``cuda:N`` or ``auto``, which is CUDA where it works.
 
     Raises:
+        DeviceError: the device is unknown, does not work or has too little memory.
         UserError: an unknown granularity.
         ConfigError: the expert file has faults.
         CorpusError: documents are missing or unreadable.
@@ -78,9 +83,10 @@ def score(
     from cusprun.pipeline.scores import copy_store
 
     require_known(granularity, GRANULARITIES, "granularity")
+    where = open_device(device)
     target = fresh_output(out)
     chosen = as_expert(expert)
-    opened = open_model(model, progress)
+    opened = open_model(model, progress, where)
     corpora = corpora_of(opened, chosen, progress)
     if granularity == "neuron":
         store = scored_neurons(opened, chosen, corpora, progress=progress)
@@ -168,6 +174,7 @@ def prune(
     refit: bool = True,
     dimension_weights: Mapping[str, float] | None = None,
     shard_bytes: int | None = None,
+    device: str = DEFAULT_DEVICE,
     progress: Progress = SILENT,
 ) -> Manifest | NeuronManifest:
     """Write the smaller model that an expert needs as a Hugging Face folder; return its manifest.
@@ -180,10 +187,11 @@ def prune(
     ``refit`` makes good for what went, by least squares or, with the rule ``variance+bias``, by biases;
     ``dimension_weights`` says how much the documents of a dimension count in the least squares (1 each). With
     ``granularity="neuron"`` single neurons of every matrix are zeroed by the rule (``paper`` unless given) in
-    ``ratio``, and every shape stays. ``shard_bytes`` bounds a weight file (2 GB). Interrupted and called
-    again, it continues from the scores.
+    ``ratio``, and every shape stays. ``shard_bytes`` bounds a weight file (2 GB). ``device`` is that of
+    :func:`score`. Interrupted and called again, it continues from the scores.
 
     Raises:
+        DeviceError: the device is unknown, does not work or has too little memory.
         ConfigError: the expert file has faults.
         CorpusError: documents are missing, unreadable or too few for rule or refit, or none is held out to
             measure ``max_loss`` on.
@@ -210,9 +218,10 @@ def prune(
         plan=plan,
     )
     wishes.check()
+    where = open_device(device)
     chosen = as_expert(expert)
     wishes.check_dimensions(chosen)
-    opened = open_model(model, progress)
+    opened = open_model(model, progress, where)
     corpora = corpora_of(opened, chosen, progress)
     if granularity == "neuron":
         from cusprun.pipeline.neurons import prune_neurons
@@ -304,6 +313,7 @@ def _write(
         settings=settings,
         measure=bool(corpora.held_out),
         max_shard_bytes=wishes.shard_bytes or DEFAULT_SHARD_BYTES,
+        device=opened.device,
         progress=progress,
     )
 
@@ -334,6 +344,7 @@ def scored(opened: OpenModel, expert: Expert, corpora: Corpora, progress: Progre
             model_hash=opened.model_hash,
             corpus_hash=corpus_hash,
             expert_name=expert.name,
+            device=opened.device,
             progress=progress,
         )
 

@@ -31,6 +31,7 @@ from cusprun.progress import SILENT, Progress
 from cusprun.records import Corpora, Expert, Plan, TokenizedDocument
 from cusprun.resolve import StrPath
 from cusprun.version import __version__
+from cusprun.walk.device import DEFAULT_DEVICE, open_device
 
 if TYPE_CHECKING:
     from cusprun.quality.likelihood import DocumentLikelihood
@@ -44,7 +45,7 @@ _PARTIAL = re.compile(r"\..+\.partial-\d+")
 _VERSIONED = ("torch", "transformers", "numpy")
 _SHARED = (
     "cusprun_version", "model_hash", "expert", "corpus_hash", "rule", "targets", "units", "refit",
-    "dimension_weights",
+    "dimension_weights", "device",
 )  # fmt: skip
 """What the points of one curve must share, by the names of the report's fields."""
 
@@ -61,6 +62,7 @@ def sweep(
     refit: bool = True,
     dimension_weights: Mapping[str, float] | None = None,
     keep: bool = False,
+    device: str = DEFAULT_DEVICE,
     progress: Progress = SILENT,
 ) -> SweepReport:
     """Measure how quality falls with size: one expert for each ratio, scored once; write the curve.
@@ -70,9 +72,11 @@ def sweep(
     ``keep``. The original is measured once. ``out`` then holds ``sweep.json``, ``sweep.md`` and, where
     matplotlib is installed, ``sweep.png``. Interrupted and called again, it continues from the finished
     ratios; called with other ratios, also while another call is at work in ``out``, it adds to the curve,
-    which is returned whole. A curve of other inputs is never replaced.
+    which is returned whole. A curve of other inputs, or measured on another kind of ``device`` (that of
+    :func:`cusprun.score`), is never replaced.
 
     Raises:
+        DeviceError: the device is unknown, does not work or has too little memory.
         PlanError: a ratio is outside (0, 0.9], given twice, or no legal shape reaches it.
         ConfigError: the expert file has faults.
         CorpusError: documents are missing, unreadable or too few, or none is held out.
@@ -89,10 +93,11 @@ def sweep(
         dimension_weights=dict(dimension_weights or {}),
     )
     wishes.check()
+    where = open_device(device)
     folder = _checked_folder(expand_home(out))
     chosen = as_expert(expert)
     wishes.check_dimensions(chosen)
-    opened = open_model(model, progress)
+    opened = open_model(model, progress, where)
     wishes.check_family(opened.index.family, wishes.chosen_rule)
     corpora = corpora_of(opened, chosen, progress)
     job = _Job(opened, chosen, corpora, measured_sets(corpora, chosen), wishes, folder, keep, progress)
@@ -262,15 +267,11 @@ class _Job:
         texts = {
             name: [(item.text_hash, item.token_ids) for item in group] for name, group in self.sets.items()
         }
-        digest = corpus_hash(self.corpora)
-        wishes = self.wishes
-        rule, targets, units = (
-            wishes.chosen_rule,
-            wishes.targets or DEFAULT_TARGETS,
-            check_units(wishes.units),
-        )
+        digest, wishes = corpus_hash(self.corpora), self.wishes
+        rule, targets = wishes.chosen_rule, wishes.targets or DEFAULT_TARGETS
+        units = check_units(wishes.units)
         made = (rule, targets, units, wishes.refit, dict(wishes.dimension_weights))
-        inputs = key_of("sweep", self.opened.model_hash, digest, texts, made, __version__)
+        inputs = ("sweep", self.opened.model_hash, digest, texts, made, __version__, *self.opened.device.key)
         return SweepReport(
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             cusprun_version=__version__,
@@ -289,7 +290,8 @@ class _Job:
             units=units,
             refit=wishes.refit,
             dimension_weights=dict(wishes.dimension_weights),
-            inputs_hash=inputs,
+            device=self.opened.device.kind,
+            inputs_hash=key_of(*inputs),
             original=CurvePoint(0.0, 0.0, 0.0, self.opened.index.shape, 0, 0, {}, {}),
             points=(),
         )
@@ -316,7 +318,7 @@ class _Job:
         started = time.monotonic()
         index = open_checkpoint(made)
         base = original_likelihoods(self.opened, self.documents, self.progress)
-        own = measure_likelihood(index, self.documents, progress=self.progress)
+        own = measure_likelihood(index, self.documents, device=self.opened.device, progress=self.progress)
         return CurvePoint(
             ratio=plan.ratio,
             block_ratio=plan.block_ratio,

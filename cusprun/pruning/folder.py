@@ -28,6 +28,8 @@ from cusprun.quality.likelihood import (
 )
 from cusprun.records import Corpora, Expert, LayerRefit, Manifest, Plan
 from cusprun.version import __version__
+from cusprun.walk.device import CPU, Device
+from cusprun.walk.fallback import Batching, with_smaller_batches
 from cusprun.walk.shell import load_config
 
 MANIFEST_NAME = "cusprun.json"
@@ -62,6 +64,7 @@ def write_expert(
     settings: RefitSettings = DEFAULT_SETTINGS,
     measure: bool = True,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    device: Device = CPU,
     progress: Progress = SILENT,
 ) -> Manifest:
     """Write the pruned model that ``plan`` describes into the folder ``out``, whole or not at all.
@@ -73,33 +76,56 @@ def write_expert(
         OutputError: ``out`` exists already, cannot be written or does not fit on the disk.
         ModelError: weights cannot be read or are not finite.
         PlanError: the rule adds biases that the family has no place for.
+        DeviceError: the device has too little memory, in smaller batches too.
     """
     flags = compensating_flags(index, plan, settings)
     refuse_existing(out)
     require_space(out, round(index.num_bytes * (1 - plan.total_ratio)) + SMALL_FILES_BYTES)
-    with atomic_folder(out) as folder:
-        started = time.monotonic()
-        write_config(folder, expert_config(index, plan, flags))
-        copy_carried_files(index.folder, folder)
-        weights = write_weights(
-            index,
-            plan,
-            folder,
-            corpora.calibration,
-            settings=settings,
-            max_shard_bytes=max_shard_bytes,
-            progress=progress,
-        )
-        seconds = {**provenance.seconds, "refit_and_write": time.monotonic() - started}
-        written = open_checkpoint(folder)
-        quality = measure_likelihood(written, corpora.held_out, index, progress=progress) if measure else ()
-        provenance = replace(provenance, seconds=seconds)
-        removed = 1 - written.num_parameters / index.num_parameters
-        plan = replace(plan, layers=weights.layers, total_ratio=removed)
-        manifest = _manifest(index, written, plan, corpora, provenance, weights.reports, quality, settings)
-        dump_json(manifest, folder / MANIFEST_NAME)
-        (folder / CARD_NAME).write_text(model_card(manifest), encoding="utf-8")
-    return manifest
+
+    def work(batching: Batching) -> Manifest:
+        with atomic_folder(out) as folder:
+            started = time.monotonic()
+            write_config(folder, expert_config(index, plan, flags))
+            copy_carried_files(index.folder, folder)
+            weights = write_weights(
+                index,
+                plan,
+                folder,
+                corpora.calibration,
+                settings=settings,
+                max_shard_bytes=max_shard_bytes,
+                device=device,
+                batching=batching,
+                progress=progress,
+            )
+            seconds = {**provenance.seconds, "refit_and_write": time.monotonic() - started}
+            written = open_checkpoint(folder)
+            quality = (
+                measure_likelihood(written, corpora.held_out, index, device=device, progress=progress)
+                if measure
+                else ()
+            )
+            made = replace(
+                plan,
+                layers=weights.layers,
+                total_ratio=1 - written.num_parameters / index.num_parameters,
+            )
+            manifest = _manifest(
+                index,
+                written,
+                made,
+                corpora,
+                replace(provenance, seconds=seconds),
+                weights.reports,
+                quality,
+                settings,
+                device,
+            )
+            dump_json(manifest, folder / MANIFEST_NAME)
+            (folder / CARD_NAME).write_text(model_card(manifest), encoding="utf-8")
+        return manifest
+
+    return with_smaller_batches(device, work)
 
 
 def expert_config(index: CheckpointIndex, plan: Plan, flags: Sequence[str] = ()) -> dict[str, Any]:
@@ -150,6 +176,7 @@ def _manifest(
     reports: tuple[LayerRefit, ...],
     quality: Sequence[DocumentLikelihood],
     settings: RefitSettings,
+    device: Device,
 ) -> Manifest:
     return Manifest(
         cusprun_version=__version__,
@@ -173,6 +200,7 @@ def _manifest(
         versions={
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in VERSIONED},
+            **device_version(device),
         },
         measurements={
             "weight_bytes_before": index.num_bytes,
@@ -180,6 +208,11 @@ def _manifest(
             **({"held_out": held_out_quality(quality)} if quality else {}),
         },
     )
+
+
+def device_version(device: Device) -> dict[str, str]:
+    """Return what a manifest says of the device: nothing of the CPU."""
+    return {} if device.is_host else {"device": device.label}
 
 
 def held_out_quality(quality: Sequence[DocumentLikelihood]) -> dict[str, float]:

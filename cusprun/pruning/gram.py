@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import torch
 
+from cusprun.walk.device import CPU, Device
+
 _BLOCK = 512
 _OUTLIER = 30.0
 """Rows whose squared norm is this many times a usual row's are added in float64."""
 
 
 class Gram:
-    """a^T a over rows that come in batches; ``sums`` [n] and ``weight`` are those of the rows themselves."""
+    """a^T a over rows that come in batches, on their device.
 
-    def __init__(self, width: int) -> None:
-        self._usual = torch.zeros(width, width)
+    That is 4 bytes for each of n * n entries, and 8 more as soon as one row is an outlier.
+    """
+
+    def __init__(self, width: int, device: Device = CPU) -> None:
+        self._usual = torch.zeros(width, width, device=device.name)
         self._outliers: torch.Tensor | None = None
-        self._sums = torch.zeros(width, dtype=torch.float64)
+        self._sums = torch.zeros(width, dtype=torch.float64, device=device.name)
         self._weight = 0.0
         self._usual_square = float("inf")
 
@@ -41,6 +46,14 @@ class Gram:
             self._outliers.addmm_(exact.T, exact)
             rows = rows[~outliers]
         add_to_gram(self._usual, rows)
+
+    def fetched(self, device: Device) -> Gram:
+        """Return the same matrix on the host."""
+        moved = Gram(0)
+        moved._usual, moved._sums = device.fetch(self._usual), device.fetch(self._sums)
+        moved._outliers = None if self._outliers is None else device.fetch(self._outliers)
+        moved._weight, moved._usual_square = self._weight, self._usual_square
+        return moved
 
     @property
     def is_empty(self) -> bool:

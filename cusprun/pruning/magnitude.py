@@ -18,7 +18,7 @@ def axis_squares(tensors: Iterable[tuple[TensorSpec, torch.Tensor]], shape: Shap
     Every tensor with such an axis counts, biases too; a fused axis (parts joined by ``+``) counts for each
     of its parts. Float64 [length of the axis].
     """
-    squares = {part: torch.zeros(axis_length(part, shape), dtype=torch.float64) for part in _UNIT_AXES}
+    squares: dict[str, torch.Tensor] = {}
     for spec, tensor in tensors:
         for axis, name in enumerate(spec.axes):
             parts = name.split("+")
@@ -30,8 +30,8 @@ def axis_squares(tensors: Iterable[tuple[TensorSpec, torch.Tensor]], shape: Shap
             for part, piece in zip(
                 parts, along.split_with_sizes([axis_length(p, shape) for p in parts]), strict=True
             ):
-                if part in squares:
-                    squares[part] += piece
+                if part in _UNIT_AXES:
+                    squares[part] = squares[part] + piece if part in squares else piece
     return squares
 
 

@@ -138,6 +138,7 @@ def softmax_changes(
     heads, tokens, _ = query.shape
     key = key.repeat_interleave(heads // key.shape[0], dim=0)
     if positions is not None:
+        positions = positions.to(query.device)
         query, bias = query[:, positions], bias[:, positions]
     members = _members(units)
     squares = query.new_zeros(heads, len(members))
@@ -213,9 +214,9 @@ def estimated_changes(
     them: exact when these are all positions, and for changes so small that the first order is.
     """
     tokens = query.shape[1]
-    rough_at = spread_positions(tokens, rough_positions)
+    rough_at = spread_positions(tokens, rough_positions).to(query.device)
     rough = first_order_changes(query[:, rough_at], key, bias[:, rough_at], scaling, units)
-    chosen = spread_positions(len(rough_at), exact_positions)
+    chosen = spread_positions(len(rough_at), exact_positions).to(query.device)
     exact = softmax_changes(query, key, bias, scaling, units, rough_at[chosen])
     seen = rough[:, chosen].sum(dim=1)
     ratio = torch.where(seen > 0, exact / seen, 1)
@@ -232,8 +233,9 @@ def _members(units: torch.Tensor) -> torch.Tensor:
 
 def _channels(vectors: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     """Return channels [..., tokens, chosen] of [..., tokens, head_dim]; zeros where ``chosen`` is -1."""
+    whole, chosen = bool((chosen >= 0).all()), chosen.to(vectors.device)
     taken = vectors.index_select(-1, chosen.clamp_min(0))
-    return taken if bool((chosen >= 0).all()) else taken * (chosen >= 0)
+    return taken if whole else taken * (chosen >= 0)
 
 
 def _gathered(vectors: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
@@ -290,7 +292,7 @@ def query_and_key_impacts(
             changes.append(softmax_changes(*given))
         else:
             changes.append(estimated_changes(*given))
-    squares = torch.stack(changes)
+    squares, units = torch.stack(changes), units.to(query.device)
     of_keys = squares.view(documents, groups, heads // groups, -1).sum(dim=2)
     return (
         squares[..., units].sqrt().reshape(documents, -1),

@@ -20,9 +20,11 @@ from cusprun.pruning.impact import channel_norms, masked_channels
 from cusprun.pruning.neuron_impact import query_and_key_impacts, value_and_output_impacts
 from cusprun.pruning.neuron_parts import neuron_squares
 from cusprun.pruning.score import block_tensors, observed_inputs, require_finite, store_info
-from cusprun.pruning.store_layout import STORE_FILE, empty_arrays, layer_bytes, layer_file
+from cusprun.pruning.store_layout import STORE_FILE, StoreInfo, empty_arrays, layer_bytes, layer_file
 from cusprun.records import Corpora
 from cusprun.walk.batches import Batch, make_batches
+from cusprun.walk.device import CPU, Device
+from cusprun.walk.fallback import Batching, with_smaller_batches
 from cusprun.walk.shell import DecoderShell
 from cusprun.walk.spill import Spill, spilled
 
@@ -39,6 +41,7 @@ def score_neurons(
     corpus_hash: str,
     expert_name: str = "",
     exact: bool = False,
+    device: Device = CPU,
     progress: Progress = SILENT,
 ) -> Path:
     """Score every neuron on the calibration documents and write an impact store of granularity ``neuron``.
@@ -48,26 +51,53 @@ def score_neurons(
 
     Raises:
         CorpusError: there are no calibration documents.
+        DeviceError: the device has too little memory, in smaller batches too.
         ModelError: weights cannot be read or are not finite.
         OutputError: ``out`` exists already or cannot be written.
     """
-    documents = corpora.calibration
     info = replace(
-        store_info(index, corpora, model_hash=model_hash, corpus_hash=corpus_hash, expert_name=expert_name),
+        store_info(
+            index,
+            corpora,
+            model_hash=model_hash,
+            corpus_hash=corpus_hash,
+            expert_name=expert_name,
+            device=device,
+        ),
         granularity="neuron",
     )
-    batches = make_batches(documents)
+
+    def work(batching: Batching) -> None:
+        with atomic_folder(out) as folder:
+            _score_into(folder, index, corpora, info, exact, batching, device, progress)
+
+    with_smaller_batches(device, work)
+    return out
+
+
+def _score_into(
+    folder: Path,
+    index: CheckpointIndex,
+    corpora: Corpora,
+    info: StoreInfo,
+    exact: bool,
+    batching: Batching,
+    device: Device,
+    progress: Progress,
+) -> None:
+    """Write the files of a store."""
+    batches = make_batches(corpora.calibration, batching.tokens)
     num_layers = index.shape.num_hidden_layers
     rotary_dims: set[int] = set()
     with (
-        atomic_folder(out) as folder,
-        spilled(batches, index.shape.hidden_size) as hidden,
-        progress.stage("scoring", num_layers * len(batches), "batch") as advance,
+        device.exact(),
+        spilled(batches, index.shape.hidden_size, device=device) as hidden,
+        progress.stage(f"scoring{batching.note}", num_layers * len(batches), "batch") as advance,
     ):
-        shell = DecoderShell(index)
+        shell = DecoderShell(index, device)
         shell.embed_into(hidden, batches)
         for layer in range(num_layers):
-            arrays = empty_arrays(index.shape, len(documents), "neuron")
+            arrays = empty_arrays(index.shape, len(corpora.calibration), "neuron")
             for rotary_dim in _score_block(shell, layer, batches, hidden, arrays, exact):
                 rotary_dims.add(rotary_dim)
                 advance(1)
@@ -75,7 +105,6 @@ def score_neurons(
             (folder / layer_file(layer)).write_bytes(layer_bytes(info, layer, arrays))
         (rotary_dim,) = rotary_dims  # no family rotates more channels in one block than in another
         dump_json(replace(info, rotary_dim=rotary_dim), folder / STORE_FILE)
-    return out
 
 
 def _score_block(
@@ -89,11 +118,12 @@ def _score_block(
     """Run one block over all batches, filling ``arrays``; yields the number of rotated channels of a head."""
     index, shape = shell.index, shell.index.shape
     modules = index.family.modules
+    put, fetch = shell.device.put, shell.device.fetch
     block = shell.load_block(layer)
     attention_weight = block.get_parameter(f"{modules.attention_output}.weight")
     column_norms = torch.linalg.vector_norm(block.get_parameter(f"{modules.mlp_output}.weight"), dim=0)
     for kind, squares in neuron_squares(block_tensors(index, layer, block), shape).items():
-        arrays[f"{kind}.weight_squares"] = squares
+        arrays[f"{kind}.weight_squares"] = fetch(squares)
     with (
         shell.holding(layer, block),
         observed_inputs(block, modules) as inputs,
@@ -103,7 +133,8 @@ def _score_block(
             hidden.write(position, shell.run(hidden.read(position)))
             at = list(batch.documents)
             with torch.inference_mode():
-                arrays["query_row"][at], arrays["key_row"][at] = query_and_key_impacts(
+                mask = put(batch.mask)
+                queries, keys = query_and_key_impacts(
                     seen.query,
                     seen.key,
                     seen.mask,
@@ -112,12 +143,14 @@ def _score_block(
                     seen.rotary_dim,
                     exact,
                 )
-                channels = masked_channels(inputs[modules.attention_output], batch.mask)
-                arrays["value_row"][at], arrays["output_column"][at] = value_and_output_impacts(
+                arrays["query_row"][at], arrays["key_row"][at] = fetch(queries), fetch(keys)
+                channels = masked_channels(inputs[modules.attention_output], mask)
+                values, outputs = value_and_output_impacts(
                     channels, attention_weight, shape.head_dim, shape.queries_per_group
                 )
-                channels = masked_channels(inputs[modules.mlp_output], batch.mask)
-                arrays["ffn_channel"][at] = channel_norms(channels) * column_norms
+                arrays["value_row"][at], arrays["output_column"][at] = fetch(values), fetch(outputs)
+                channels = masked_channels(inputs[modules.mlp_output], mask)
+                arrays["ffn_channel"][at] = fetch(channel_norms(channels) * column_norms)
             yield seen.rotary_dim
 
 

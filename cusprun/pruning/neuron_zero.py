@@ -25,6 +25,7 @@ from cusprun.pruning.folder import (
     SMALL_FILES_BYTES,
     VERSIONED,
     Provenance,
+    device_version,
     held_out_quality,
     without_folders,
 )
@@ -32,6 +33,7 @@ from cusprun.pruning.neuron_parts import NeuronStretch, neuron_stretches
 from cusprun.quality.likelihood import DocumentLikelihood, measure_likelihood
 from cusprun.records import Corpora, NeuronLayer, NeuronManifest, NeuronPlan
 from cusprun.version import __version__
+from cusprun.walk.device import CPU, Device
 
 
 def zeroed_tensor(
@@ -53,6 +55,7 @@ def write_zeroed(
     corpora: Corpora,
     provenance: Provenance,
     measure: bool = True,
+    device: Device = CPU,
     progress: Progress = SILENT,
 ) -> NeuronManifest:
     """Write the model that ``plan`` describes into the folder ``out``, whole or not at all.
@@ -73,9 +76,13 @@ def write_zeroed(
         zeroed = _write_weights(index, plan, folder, progress)
         seconds = {**provenance.seconds, "zero_and_write": time.monotonic() - started}
         written = open_checkpoint(folder)
-        quality = measure_likelihood(written, corpora.held_out, index, progress=progress) if measure else ()
+        quality = (
+            measure_likelihood(written, corpora.held_out, index, device=device, progress=progress)
+            if measure
+            else ()
+        )
         provenance = replace(provenance, seconds=seconds)
-        manifest = _manifest(index, written, plan, corpora, provenance, zeroed, quality)
+        manifest = _manifest(index, written, plan, corpora, provenance, zeroed, quality, device)
         dump_json(manifest, folder / MANIFEST_NAME)
         (folder / CARD_NAME).write_text(_card(manifest), encoding="utf-8")
     return manifest
@@ -120,6 +127,7 @@ def _manifest(
     provenance: Provenance,
     zeroed: int,
     quality: Sequence[DocumentLikelihood],
+    device: Device,
 ) -> NeuronManifest:
     return NeuronManifest(
         cusprun_version=__version__,
@@ -143,6 +151,7 @@ def _manifest(
         versions={
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in VERSIONED},
+            **device_version(device),
         },
         measurements={"held_out": held_out_quality(quality)} if quality else {},
     )

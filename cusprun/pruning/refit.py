@@ -72,8 +72,9 @@ def refit(
     columns, those are returned.
 
     Args:
-        weight: the projection, [features, n], any float type.
-        fit: a^T a over the tokens to fit, symmetric [n, n], any float type.
+        weight: the projection, [features, n], any float type, on the device of ``fit``.
+        fit: a^T a over the tokens to fit, symmetric [n, n], any float type; it is solved in float64 where it
+            is. At the most nine matrices of its size exist in float64 at one time.
         keep: surviving channels, ascending.
         apart: the same over tokens that are only judged on.
         ridges: shares of ``unit``, in the order of preference.
@@ -104,8 +105,8 @@ class _Problem:
     """The least squares of one projection over one set of tokens."""
 
     def __init__(self, weight: torch.Tensor, gram: torch.Tensor, keep: Sequence[int]) -> None:
-        kept = torch.tensor(list(keep))
-        gone = torch.ones(gram.shape[0], dtype=torch.bool)
+        kept = torch.tensor(list(keep)).to(gram.device)
+        gone = torch.ones(gram.shape[0], dtype=torch.bool, device=gram.device)
         gone[kept] = False
         removed = gone.nonzero().flatten()
         lost = weight[:, removed]
@@ -135,16 +136,18 @@ def mean_bias(weight: torch.Tensor, means: torch.Tensor, keep: Sequence[int]) ->
     """
     gone = torch.ones(weight.shape[1], dtype=torch.bool)
     gone[list(keep)] = False
+    gone = gone.to(weight.device)
     return (weight.double()[:, gone] @ means.double()[gone]).to(weight.dtype)
 
 
 def factor(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
     """Return the Cholesky factor of ``matrix + ridge * I``, growing the ridge until it exists."""
     ridge = ridge or 1.0
-    identity = torch.eye(matrix.shape[0], dtype=matrix.dtype)
     for step in range(_RIDGE_STEPS):
+        ridged = matrix.clone()
+        ridged.diagonal().add_(ridge * 10**step)
         found: torch.Tensor
-        found, info = torch.linalg.cholesky_ex(matrix + ridge * 10**step * identity)
+        found, info = torch.linalg.cholesky_ex(ridged)
         if int(info) == 0 and bool(torch.isfinite(found).all()):
             return found
     raise AssertionError("a positive semi-definite matrix plus a ridge has a Cholesky factor")

@@ -19,12 +19,14 @@ from cusprun.checkpoint.reader import read_tensor
 from cusprun.codec import Indices
 from cusprun.families import axis_length
 from cusprun.pruning.gram import Gram
-from cusprun.pruning.refit import DEFAULT_RIDGE, RIDGES, RefitSettings, mean_bias, refit
+from cusprun.pruning.refit import DEFAULT_RIDGE, RIDGES, RefitSettings, Refitted, mean_bias, refit
 from cusprun.pruning.refit_documents import TokenWeights, anchor_documents, token_weights
 from cusprun.pruning.slicing import kept_positions
 from cusprun.pruning.surgeon import choose_channels
 from cusprun.records import LayerPlan, LayerRefit, TokenizedDocument
 from cusprun.walk.batches import Batch, make_batches
+from cusprun.walk.device import CPU, Device
+from cusprun.walk.fallback import DEFAULT_BATCHING, Batching, on_device_or_host
 from cusprun.walk.shell import DecoderShell
 from cusprun.walk.spill import Spill, spilled
 
@@ -71,7 +73,7 @@ class _Sublayer:
 
 @dataclass(frozen=True)
 class BlockRefit:
-    """New weights and biases by tensor name, in the checkpoint's type, and a report for each projection.
+    """New weights and biases by tensor name, in the checkpoint's type, on the host; a report for each.
 
     ``kept`` is what the block keeps: the plan's units, but for FFN channels that were chosen again.
     """
@@ -88,6 +90,27 @@ class _Grams:
     fit: Gram
     apart: Gram
 
+    def fetched(self, device: Device) -> _Grams:
+        """Return both on the host."""
+        return _Grams(self.fit.fetched(device), self.apart.fetched(device))
+
+    def chosen_channels(self, weight: torch.Tensor, count: int) -> list[int]:
+        """Return the channels that the refit can best keep; ``weight`` is where the matrices are."""
+        return choose_channels(weight, self.fit.total(), count, unit=self.fit.usual_scale())
+
+    def refitted(self, weight: torch.Tensor, keep: Sequence[int]) -> Refitted:
+        """Solve for the columns ``keep`` of ``weight``, which is where the matrices are."""
+        judged = not self.apart.is_empty
+        return refit(
+            weight,
+            self.fit.total(),
+            keep,
+            # Outliers are fitted all but exactly, and their energy would hide what is lost of the others.
+            apart=self.apart.usual() if judged else None,
+            ridges=RIDGES if judged else (DEFAULT_RIDGE,),
+            unit=self.fit.usual_scale(),
+        )
+
 
 class RefitWalk:
     """Moves the calibration documents through a model that is being cut; made by :func:`refit_walk`."""
@@ -102,6 +125,7 @@ class RefitWalk:
     ) -> None:
         modules = shell.index.family.modules
         self._shell, self._batches, self._weights, self._settings = shell, batches, weights, settings
+        self._device = shell.device
         self._hidden, self._attended = spills[:2]
         self._attention = _Sublayer(modules.attention_output, "heads", spills[2])
         self._ffn = _Sublayer(modules.mlp_output, "ffn", spills[3])
@@ -147,28 +171,71 @@ class RefitWalk:
         grams = self._collect(block, sublayer, attention, measured=keep is not None)
         if keep is not None:
             name = f"{index.family.layer_prefix(layer)}{sublayer.projection}.weight"
-            stored = read_tensor(index, name)
+            stored = self._device.put(read_tensor(index, name))
             if self._settings.mode == "bias":
-                result, weight, bias = _biased(result, name, stored, grams.fit, keep, bias)
+                result, weight, bias = _biased(result, name, stored, grams.fit, keep, bias, self._device)
             else:
                 if sublayer is self._ffn and self._settings.revise:
-                    keep = choose_channels(stored, grams.fit.total(), len(keep), unit=grams.fit.usual_scale())
+                    keep = self._chosen(stored, grams, len(keep))
                     result = replace(result, kept=replace(result.kept, ffn_channels=Indices(keep)))
-                result, weight = _refitted(result, layer, sublayer.projection, name, stored, grams, keep)
+                result, weight = self._refitted(result, layer, sublayer.projection, stored, grams, keep)
+        chosen = None if keep is None else self._device.put(torch.tensor(keep))
 
         def project(position: int) -> torch.Tensor:
             channels = sublayer.channels.read(position)
             with torch.inference_mode():
-                return nn.functional.linear(channels if keep is None else channels[..., keep], weight, bias)
+                return nn.functional.linear(
+                    channels if chosen is None else channels[..., chosen], weight, bias
+                )
 
         return project, result
+
+    def _chosen(self, weight: torch.Tensor, grams: _Grams, count: int) -> list[int]:
+        fetch = self._device.fetch
+        return on_device_or_host(
+            self._device,
+            lambda: grams.chosen_channels(weight, count),
+            lambda: grams.fetched(self._device).chosen_channels(fetch(weight), count),
+        )
+
+    def _refitted(
+        self,
+        result: BlockRefit,
+        layer: int,
+        projection: str,
+        weight: torch.Tensor,
+        grams: _Grams,
+        keep: list[int],
+    ) -> tuple[BlockRefit, torch.Tensor]:
+        """Return ``result`` with one projection more, and its new columns in float32 on the device."""
+        device = self._device
+        fitted = on_device_or_host(
+            device,
+            lambda: grams.refitted(weight, keep),
+            lambda: grams.fetched(device).refitted(device.fetch(weight), keep),
+        )
+        report = LayerRefit(
+            layer,
+            projection,
+            fitted.relative_error_before,
+            fitted.relative_error_after,
+            fitted.ridge,
+            "calibration" if grams.apart.is_empty else "held-out",
+        )
+        name = f"{self._shell.index.family.layer_prefix(layer)}{projection}.weight"
+        result = replace(
+            result,
+            weights={**result.weights, name: device.fetch(fitted.weight)},
+            reports=(*result.reports, report),
+        )
+        return result, device.put(fitted.weight).float()
 
     def _collect(
         self, block: nn.Module, sublayer: _Sublayer, attention: _Replay | None, *, measured: bool
     ) -> _Grams:
         """Run a block up to one projection: spill its channels, return their Gram matrices."""
         width = axis_length(sublayer.axis, self._shell.index.shape) if measured else 0
-        grams = _Grams(Gram(width), Gram(width))
+        grams = _Grams(Gram(width, self._device), Gram(width, self._device))
         tap, own = _Tap(self._shell.index.shape.hidden_size), block.get_submodule(sublayer.projection)
         with _replaced(block, {sublayer.projection: tap}), torch.inference_mode():
             for position in range(len(self._batches)):
@@ -186,48 +253,16 @@ class RefitWalk:
         Where a norm stands between the projection and the residual stream it divides each token's output, and
         with it the error, by the output's size: there every token weighs one over its mean square.
         """
-        for gram, weights in (
+        for gram, own_weights in (
             (grams.fit, self._weights.fit[position]),
             (grams.apart, self._weights.apart[position]),
         ):
+            weights = self._device.put(own_weights)
             chosen = weights > 0
             rows, weight = channels[chosen], weights[chosen]
             if self._shell.index.family.normalises_outputs and len(rows):
                 weight = weight / own(rows).square().mean(dim=-1).clamp_min(_NORM_EPSILON)
             gram.add(rows, weight)
-
-
-def _refitted(
-    result: BlockRefit,
-    layer: int,
-    projection: str,
-    name: str,
-    stored: torch.Tensor,
-    grams: _Grams,
-    keep: list[int],
-) -> tuple[BlockRefit, torch.Tensor]:
-    judged = not grams.apart.is_empty
-    fitted = refit(
-        stored,
-        grams.fit.total(),
-        keep,
-        # Outliers are fitted all but exactly, and their energy would hide what is lost of the others.
-        apart=grams.apart.usual() if judged else None,
-        ridges=RIDGES if judged else (DEFAULT_RIDGE,),
-        unit=grams.fit.usual_scale(),
-    )
-    report = LayerRefit(
-        layer,
-        projection,
-        fitted.relative_error_before,
-        fitted.relative_error_after,
-        fitted.ridge,
-        "held-out" if judged else "calibration",
-    )
-    result = replace(
-        result, weights={**result.weights, name: fitted.weight}, reports=(*result.reports, report)
-    )
-    return result, fitted.weight.float()
 
 
 def _biased(
@@ -237,11 +272,12 @@ def _biased(
     gram: Gram,
     keep: list[int],
     bias: torch.Tensor | None,
+    device: Device,
 ) -> tuple[BlockRefit, torch.Tensor, torch.Tensor]:
     """Leave the kept columns as they are and add the mean of what went to the bias."""
     added = mean_bias(stored, gram.means(), keep)
     whole = added.float() if bias is None else bias + added.float()
-    weights = {name.removesuffix("weight") + "bias": whole.to(stored.dtype)}
+    weights = {name.removesuffix("weight") + "bias": device.fetch(whole.to(stored.dtype))}
     return replace(result, weights={**result.weights, **weights}), stored[:, keep].float(), whole
 
 
@@ -260,21 +296,27 @@ def _replaced(block: nn.Module, stand_ins: Mapping[str, nn.Module]) -> Iterator[
 
 @contextmanager
 def refit_walk(
-    index: CheckpointIndex, documents: Sequence[TokenizedDocument], settings: RefitSettings
+    index: CheckpointIndex,
+    documents: Sequence[TokenizedDocument],
+    settings: RefitSettings,
+    *,
+    device: Device = CPU,
+    batching: Batching = DEFAULT_BATCHING,
 ) -> Iterator[RefitWalk]:
     """Yield a walk before block 0, which :meth:`RefitWalk.refit_block` takes past each kept block in turn."""
     if settings.mode == "bias":
         # The mean is that of the calibration tokens: all of them, and of no others.
         settings = replace(settings, held_out=0, anchors=0)
     documents = (*documents, *anchor_documents(documents, index, settings.anchors))
-    batches = make_batches(documents)
+    batches = make_batches(documents, batching.tokens)
     with (
-        spilled(batches, index.shape.hidden_size) as hidden,
-        spilled(batches, index.shape.hidden_size) as attended,
-        spilled(batches, axis_length("heads", index.shape)) as heads,
-        spilled(batches, axis_length("ffn", index.shape)) as channels,
+        device.exact(),
+        spilled(batches, index.shape.hidden_size, device=device) as hidden,
+        spilled(batches, index.shape.hidden_size, device=device) as attended,
+        spilled(batches, axis_length("heads", index.shape), device=device) as heads,
+        spilled(batches, axis_length("ffn", index.shape), device=device) as channels,
     ):
-        shell = DecoderShell(index)
+        shell = DecoderShell(index, device)
         shell.embed_into(hidden, batches)
         weights = token_weights(batches, documents, settings)
         yield RefitWalk(shell, batches, weights, settings, (hidden, attended, heads, channels))

@@ -19,6 +19,8 @@ from cusprun.pruning.refit import RefitSettings
 from cusprun.pruning.refit_walk import BlockRefit, refit_walk
 from cusprun.pruning.slicing import cut_tensor
 from cusprun.records import LayerPlan, LayerRefit, Plan, TokenizedDocument
+from cusprun.walk.device import CPU, Device
+from cusprun.walk.fallback import DEFAULT_BATCHING, Batching
 
 DEFAULT_SETTINGS = RefitSettings()
 BlockFitter = Callable[[int, LayerPlan], BlockRefit]
@@ -46,6 +48,8 @@ def write_weights(
     *,
     settings: RefitSettings = DEFAULT_SETTINGS,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    device: Device = CPU,
+    batching: Batching = DEFAULT_BATCHING,
     progress: Progress = SILENT,
 ) -> WrittenWeights:
     """Write the cut weights into ``folder``; with ``documents`` the last projections are refit on them.
@@ -59,11 +63,12 @@ def write_weights(
     reports: list[LayerRefit] = []
     layers: list[LayerPlan] = []
     fitted_on = documents if settings.mode != "none" else ()
+    name = f"refit and write{batching.note}" if fitted_on else "write"
     stored = with_biases(index, compensating_flags(index, plan, settings))
     with (
         CheckpointWriter(folder, _declare(stored, plan), max_shard_bytes) as writer,
-        progress.stage("refit and write" if fitted_on else "write", len(plan.layers), "layer") as advance,
-        _fitter(index, fitted_on, settings) as fit,
+        progress.stage(name, len(plan.layers), "layer") as advance,
+        _fitter(index, fitted_on, settings, device, batching) as fit,
     ):
         for spec in index.family.specs(0):
             if spec.name in index.tensors:
@@ -117,10 +122,14 @@ def _shape(spec: TensorSpec, plan: Plan) -> tuple[int, ...]:
 
 @contextmanager
 def _fitter(
-    index: CheckpointIndex, documents: Sequence[TokenizedDocument], settings: RefitSettings
+    index: CheckpointIndex,
+    documents: Sequence[TokenizedDocument],
+    settings: RefitSettings,
+    device: Device,
+    batching: Batching,
 ) -> Iterator[BlockFitter]:
     if documents:
-        with refit_walk(index, documents, settings) as walk:
+        with refit_walk(index, documents, settings, device=device, batching=batching) as walk:
             yield walk.refit_block
     else:
         yield lambda _layer, kept: BlockRefit({}, (), kept)

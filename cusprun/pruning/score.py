@@ -29,6 +29,8 @@ from cusprun.pruning.store_layout import (
 from cusprun.records import Corpora
 from cusprun.version import __version__
 from cusprun.walk.batches import Batch, make_batches
+from cusprun.walk.device import CPU, Device
+from cusprun.walk.fallback import Batching, with_smaller_batches
 from cusprun.walk.shell import DecoderShell
 from cusprun.walk.spill import Spill, spilled
 
@@ -41,39 +43,71 @@ def score_model(
     model_hash: str,
     corpus_hash: str,
     expert_name: str = "",
+    device: Device = CPU,
     progress: Progress = SILENT,
 ) -> Path:
     """Score a model on the calibration documents and write an impact store.
 
     Raises:
         CorpusError: there are no calibration documents.
+        DeviceError: the device has too little memory, in smaller batches too.
         ModelError: weights cannot be read or are not finite.
         OutputError: ``out`` exists already or cannot be written.
     """
-    documents = corpora.calibration
-    info = store_info(index, corpora, model_hash=model_hash, corpus_hash=corpus_hash, expert_name=expert_name)
-    batches = make_batches(documents)
+    info = store_info(
+        index,
+        corpora,
+        model_hash=model_hash,
+        corpus_hash=corpus_hash,
+        expert_name=expert_name,
+        device=device,
+    )
+
+    def work(batching: Batching) -> None:
+        with atomic_folder(out) as folder:
+            _score_into(folder, index, corpora, info, batching, device, progress)
+
+    with_smaller_batches(device, work)
+    return out
+
+
+def _score_into(
+    folder: Path,
+    index: CheckpointIndex,
+    corpora: Corpora,
+    info: StoreInfo,
+    batching: Batching,
+    device: Device,
+    progress: Progress,
+) -> None:
+    """Write the files of a store."""
+    batches = make_batches(corpora.calibration, batching.tokens)
     num_layers = index.shape.num_hidden_layers
     with (
-        atomic_folder(out) as folder,
-        spilled(batches, index.shape.hidden_size) as hidden,
-        progress.stage("scoring", num_layers * len(batches), "batch") as advance,
+        device.exact(),
+        spilled(batches, index.shape.hidden_size, device=device) as hidden,
+        progress.stage(f"scoring{batching.note}", num_layers * len(batches), "batch") as advance,
     ):
-        shell = DecoderShell(index)
+        shell = DecoderShell(index, device)
         shell.embed_into(hidden, batches)
         for layer in range(num_layers):
-            arrays = empty_arrays(index.shape, len(documents))
+            arrays = empty_arrays(index.shape, len(corpora.calibration))
             for _ in _score_block(shell, layer, batches, hidden, arrays):
                 advance(1)
             require_finite(arrays, index, layer)
             # Not save_file, whose own error hides that a disk is full.
             (folder / layer_file(layer)).write_bytes(layer_bytes(info, layer, arrays))
         dump_json(info, folder / STORE_FILE)
-    return out
 
 
 def store_info(
-    index: CheckpointIndex, corpora: Corpora, *, model_hash: str, corpus_hash: str, expert_name: str
+    index: CheckpointIndex,
+    corpora: Corpora,
+    *,
+    model_hash: str,
+    corpus_hash: str,
+    expert_name: str,
+    device: Device,
 ) -> StoreInfo:
     """Describe a store of the calibration documents; raises ``CorpusError`` when there are none."""
     if not corpora.calibration:
@@ -86,6 +120,7 @@ def store_info(
         documents=tuple(map(StoredDocument.of, corpora.calibration)),
         cusprun_version=__version__,
         tokenizer_hash=tokenizer_hash(index.folder),
+        device=device.kind,
     )
 
 
@@ -105,44 +140,51 @@ def _score_block(
     hidden: Spill,
     arrays: dict[str, torch.Tensor],
 ) -> Iterator[None]:
-    """Run one block over all batches, filling ``arrays`` and moving the hidden states on."""
+    """Run one block over all batches, filling ``arrays``, on the host, and moving the hidden states on."""
     modules, shape = shell.index.family.modules, shell.index.shape
+    put, fetch = shell.device.put, shell.device.fetch
     block = shell.load_block(layer)
     weights = {
         "attention": block.get_parameter(f"{modules.attention_output}.weight"),
         "mlp": block.get_parameter(f"{modules.mlp_output}.weight"),
     }
     for name, weight in weights.items():
-        arrays[f"{name}.column_squares"] = weight.double().square().sum(dim=0)
+        arrays[f"{name}.column_squares"] = fetch(weight.double().square().sum(dim=0))
     for kind, squares in unit_squares(block_tensors(shell.index, layer, block), shape).items():
-        arrays[f"{kind}.weight_squares"] = squares
-    column_norms = arrays["mlp.column_squares"].sqrt().float()
+        arrays[f"{kind}.weight_squares"] = fetch(squares)
+    column_norms = put(arrays["mlp.column_squares"].sqrt().float())
     with shell.holding(layer, block), observed_inputs(block, modules) as inputs:
         for position, batch in enumerate(batches):
             before = hidden.read(position)
             output = shell.run(before)
-            at = list(batch.documents)
-            channels = masked_channels(inputs[modules.attention_output], batch.mask)
-            arrays["query_head"][at], arrays["kv_group"][at] = head_impacts(
+            at, mask = list(batch.documents), put(batch.mask)
+            channels = masked_channels(inputs[modules.attention_output], mask)
+            heads, groups = head_impacts(
                 channels, None, weights["attention"], shape.head_dim, shape.queries_per_group
             )
-            _add_sums(arrays, "attention", channels, channel_norms(channels))
-            channels = masked_channels(inputs[modules.mlp_output], batch.mask)
+            arrays["query_head"][at], arrays["kv_group"][at] = fetch(heads), fetch(groups)
+            _add_sums(arrays, "attention", channels, channel_norms(channels), shell.device)
+            channels = masked_channels(inputs[modules.mlp_output], mask)
             norms = channel_norms(channels)
-            arrays["ffn_channel"][at] = norms * column_norms
-            _add_sums(arrays, "mlp", channels, norms)
-            arrays["block"][at], increments = block_impacts(before, output, batch.mask)
-            arrays["block.sums"] += increments
+            arrays["ffn_channel"][at] = fetch(norms * column_norms)
+            _add_sums(arrays, "mlp", channels, norms, shell.device)
+            blocks, increments = block_impacts(before, output, mask)
+            arrays["block"][at] = fetch(blocks)
+            arrays["block.sums"] += fetch(increments)
             hidden.write(position, output)
             yield
 
 
 def _add_sums(
-    arrays: dict[str, torch.Tensor], name: str, channels: torch.Tensor, norms: torch.Tensor
+    arrays: dict[str, torch.Tensor],
+    name: str,
+    channels: torch.Tensor,
+    norms: torch.Tensor,
+    device: Device,
 ) -> None:
     """Add one batch: masked channels [documents, tokens, channels], their norms [documents, channels]."""
-    arrays[f"{name}.sums"] += channel_sums(channels)
-    arrays[f"{name}.squares"] += norms.double().square().sum(dim=0)
+    arrays[f"{name}.sums"] += device.fetch(channel_sums(channels))
+    arrays[f"{name}.squares"] += device.fetch(norms.double().square().sum(dim=0))
 
 
 def block_tensors(

@@ -92,8 +92,9 @@ class ImpactStore:
 
     @property
     def store_hash(self) -> str:
-        """SHA-256 over model and corpora: equal stores have equal hashes."""
+        """SHA-256 over model, corpora and devices other than the CPU: equal stores have equal hashes."""
         parts = [self.model_hash, *(info.corpus_hash for info in self.infos)]
+        parts += [info.device for info in self.infos if info.device != "cpu"]
         return hashlib.sha256("|".join(parts).encode()).hexdigest()
 
     def require_model(self, index: CheckpointIndex, model_hash: str) -> None:

@@ -64,7 +64,8 @@ class StoreInfo:
     """What a store was made from; ``granularity`` is what its impacts belong to, ``unit`` or ``neuron``.
 
     ``rotary_dim`` is the number of rotated channels of a head, whose rows of Q and K come in pairs; stores of
-    neurons have it. ``tokenizer_hash`` stands for the model's tokenizer, empty when it had none.
+    neurons have it. ``tokenizer_hash`` stands for the model's tokenizer, empty when it had none. ``device``
+    is the kind that the model ran on, ``cpu`` or ``cuda``, whose impacts agree to rounding.
     """
 
     model_hash: str
@@ -76,6 +77,7 @@ class StoreInfo:
     granularity: str = "unit"
     rotary_dim: int = 0
     tokenizer_hash: str = ""
+    device: str = "cpu"
     schema_version: int = 3
 
 

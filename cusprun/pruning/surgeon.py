@@ -27,7 +27,7 @@ def choose_channels(
     """Return the ``count`` channels to keep, ascending.
 
     Args:
-        weight: the projection, [features, n].
+        weight: the projection, [features, n], on the device of ``gram``.
         gram: a^T a over calibration tokens, symmetric float64 [n, n].
         count: channels that stay.
         unit: what a ridge of one adds to the diagonal; the mean diagonal of ``gram`` when it is not given.
@@ -35,7 +35,7 @@ def choose_channels(
         rounds: in how many steps the others go.
     """
     width = gram.shape[0]
-    kept = torch.arange(width)
+    kept = torch.arange(width, device=gram.device)
     current = weight.double()
     unit = float(gram.diagonal().mean()) if unit is None else unit
     inverse = torch.cholesky_inverse(factor(gram.double(), ridge * unit))
@@ -51,4 +51,4 @@ def choose_channels(
         current = current[:, left] - current[:, gone] @ spread
         inverse = inverse[left][:, left] - inverse[left][:, gone] @ spread
         kept = kept[left]
-    return [int(channel) for channel in kept]
+    return [int(channel) for channel in kept.tolist()]

@@ -10,6 +10,8 @@ import torch
 from cusprun.corpus.augment import Prompt
 from cusprun.errors import ModelError
 from cusprun.progress import SILENT, Progress
+from cusprun.walk.device import CPU, Device
+from cusprun.walk.fallback import Batching, with_smaller_batches
 
 BATCH_DOCUMENTS = 16
 """Documents generated at one time: 0.6 GB of KV cache for a model with 32 blocks of 8 KV heads of 128, in
@@ -17,15 +19,23 @@ BATCH_DOCUMENTS = 16
 
 
 def continuations(
-    model: Any, tokenizer: Any, prompts: Sequence[Prompt], temperature: float, progress: Progress = SILENT
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    temperature: float,
+    progress: Progress = SILENT,
+    *,
+    device: Device = CPU,
 ) -> tuple[tuple[int, ...], ...]:
     """Return what the model goes on with after each prompt, cut before the first special token.
 
     Each token is drawn from softmax(logits / temperature) by the prompt's own seeded draws; at temperature 0
     it is the most likely one. No other setting that comes with the model (top-k, penalties) is applied.
-    Prompts of like length run together, padded on the left, whatever order they are given in.
+    Prompts of like length run together, padded on the left, whatever order they are given in. The model runs
+    where it is, ``device``; the drawing is the host's, where cumulative sums are the same every time.
 
     Raises:
+        DeviceError: the device has too little memory, for fewer documents at one time too.
         ModelError: the logits are not finite.
     """
     from transformers import GenerationConfig
@@ -34,16 +44,20 @@ def continuations(
     model.generation_config = GenerationConfig()  # else the model's own settings fill in what is not set
     # The longest first shows at once whether memory suffices.
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].token_ids), prompts[i].seed))
-    found: dict[int, tuple[int, ...]] = {}
-    with progress.stage("augmenting", len(prompts), "document") as advance:
-        for start in range(0, len(order), BATCH_DOCUMENTS):
-            batch = order[start : start + BATCH_DOCUMENTS]
-            chosen = [prompts[position] for position in batch]
-            for position, ids in zip(
-                batch, _continue_batch(model, chosen, temperature, stop_ids, len(tokenizer)), strict=True
-            ):
-                found[position] = ids
-            advance(len(batch))
+
+    def work(batching: Batching) -> dict[int, tuple[int, ...]]:
+        found: dict[int, tuple[int, ...]] = {}
+        size = batching.share_of(BATCH_DOCUMENTS)
+        with progress.stage(f"augmenting{batching.note}", len(prompts), "document") as advance:
+            for start in range(0, len(order), size):
+                batch = order[start : start + size]
+                chosen = [prompts[position] for position in batch]
+                rows = _continue_batch(model, chosen, temperature, stop_ids, len(tokenizer), device)
+                found |= zip(batch, rows, strict=True)
+                advance(len(batch))
+        return found
+
+    found = with_smaller_batches(device, work)
     return tuple(found[position] for position in range(len(prompts)))
 
 
@@ -58,7 +72,12 @@ def _special_ids(model: Any, tokenizer: Any) -> frozenset[int]:
 
 
 def _continue_batch(
-    model: Any, prompts: Sequence[Prompt], temperature: float, stop_ids: frozenset[int], vocab_size: int
+    model: Any,
+    prompts: Sequence[Prompt],
+    temperature: float,
+    stop_ids: frozenset[int],
+    vocab_size: int,
+    device: Device,
 ) -> list[tuple[int, ...]]:
     from transformers import GenerationConfig, LogitsProcessorList
 
@@ -73,8 +92,8 @@ def _continue_batch(
     ends = sorted(stop_ids)
     with torch.inference_mode():
         output = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
+            input_ids=device.put(ids),
+            attention_mask=device.put(mask),
             generation_config=GenerationConfig(
                 max_new_tokens=steps,
                 do_sample=False,
@@ -120,8 +139,9 @@ class _Pick:
         scores[:, self._vocab_size :] = -torch.inf
         if self._draws is None:
             return scores
-        cumulative = torch.softmax(scores.double() / self._temperature, dim=-1).cumsum(dim=-1)
+        own = scores.cpu().double()
+        cumulative = torch.softmax(own / self._temperature, dim=-1).cumsum(dim=-1)
         step = input_ids.shape[1] - self._prompt_width
         wanted = self._draws[:, step : step + 1] * cumulative[:, -1:]
         token = torch.searchsorted(cumulative, wanted, right=True).clamp(max=scores.shape[1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+        return torch.full_like(scores, -torch.inf).scatter(1, token.to(scores.device), 0.0)

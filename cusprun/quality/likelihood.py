@@ -16,6 +16,8 @@ from cusprun.errors import CorpusError
 from cusprun.progress import SILENT, Advance, Progress
 from cusprun.records import TokenizedDocument
 from cusprun.walk.batches import Batch, make_batches
+from cusprun.walk.device import CPU, Device
+from cusprun.walk.fallback import Batching, with_smaller_batches
 from cusprun.walk.shell import DecoderShell
 from cusprun.walk.spill import Spill, spilled
 
@@ -54,25 +56,41 @@ def measure_likelihood(
     documents: Sequence[TokenizedDocument],
     reference: CheckpointIndex | None = None,
     *,
+    device: Device = CPU,
     progress: Progress = SILENT,
 ) -> tuple[DocumentLikelihood, ...]:
     """Return each document's likelihood under a model, in the order given.
 
     Raises:
         CorpusError: there are no documents.
+        DeviceError: the device has too little memory, in smaller batches too.
         ModelError: weights cannot be read or are not finite.
     """
     if not documents:
         raise CorpusError("there are no documents to measure on; give the expert more held-out documents")
-    batches = make_batches(documents)
     models = (index,) if reference is None else (index, reference)
+    return with_smaller_batches(
+        device, lambda batching: _likelihoods(models, documents, batching, device, progress)
+    )
+
+
+def _likelihoods(
+    models: Sequence[CheckpointIndex],
+    documents: Sequence[TokenizedDocument],
+    batching: Batching,
+    device: Device,
+    progress: Progress,
+) -> tuple[DocumentLikelihood, ...]:
+    """Measure the first of ``models``, with the second as its reference if there is one."""
+    batches = make_batches(documents, batching.tokens)
     steps = sum(model.shape.num_hidden_layers for model in models) + len(batches)
     with ExitStack() as stack:
-        advance = stack.enter_context(progress.stage("measuring quality", steps))
+        stack.enter_context(device.exact())
+        advance = stack.enter_context(progress.stage(f"measuring quality{batching.note}", steps))
         heads = []
         for model in models:
-            hidden = stack.enter_context(spilled(batches, model.shape.hidden_size))
-            heads.append(_Head(_run_blocks(model, batches, hidden, advance), hidden))
+            hidden = stack.enter_context(spilled(batches, model.shape.hidden_size, device=device))
+            heads.append(_Head(_run_blocks(model, batches, hidden, device, advance), hidden))
         results: dict[int, DocumentLikelihood] = {}
         for position, batch in enumerate(batches):
             for row, document in enumerate(batch.documents):
@@ -87,19 +105,19 @@ class _Head:
     def __init__(self, shell: DecoderShell, hidden: Spill) -> None:
         self._hidden = hidden
         self._norm = shell.load_norm()
-        self._weight = read_tensor(shell.index, shell.index.head_name, torch.float32)
+        self._weight = shell.device.put(read_tensor(shell.index, shell.index.head_name)).float()
 
     def log_probs(self, position: int, row: int, tokens: slice) -> torch.Tensor:
         """Return log-probabilities of some tokens of one document: float32 [tokens, vocab_size]."""
-        hidden = self._norm(self._hidden.read(position)[row, tokens])
+        hidden = self._norm(self._hidden.read_document(position, row, tokens))
         return torch.log_softmax(nn.functional.linear(hidden, self._weight), dim=-1)
 
 
 def _run_blocks(
-    index: CheckpointIndex, batches: Sequence[Batch], hidden: Spill, advance: Advance
+    index: CheckpointIndex, batches: Sequence[Batch], hidden: Spill, device: Device, advance: Advance
 ) -> DecoderShell:
     """Leave the last block's outputs in ``hidden``."""
-    shell = DecoderShell(index)
+    shell = DecoderShell(index, device)
     shell.embed_into(hidden, batches)
     for layer in range(index.shape.num_hidden_layers):
         block = shell.load_block(layer)
@@ -118,7 +136,7 @@ def _measure(heads: Sequence[_Head], batch: Batch, position: int, row: int) -> D
     for start in range(0, length - 1, _HEAD_ROWS):
         stop = min(start + _HEAD_ROWS, length - 1)
         own = heads[0].log_probs(position, row, slice(start, stop))
-        following = batch.token_ids[row, start + 1 : stop + 1]
+        following = batch.token_ids[row, start + 1 : stop + 1].to(own.device)
         nll -= float(own.gather(1, following.unsqueeze(1)).double().sum())
         for reference in heads[1:]:
             theirs = reference.log_probs(position, row, slice(start, stop))

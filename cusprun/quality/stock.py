@@ -7,13 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cusprun.errors import ModelError
+from cusprun.errors import DeviceError, ModelError
+from cusprun.walk.device import CPU, Device
 
 
-def load_stock_model(folder: Path) -> Any:
+def load_stock_model(folder: Path, device: Device = CPU) -> Any:
     """Load a Hugging Face folder into ``AutoModelForCausalLM``; no network, no code from the folder.
 
     Raises:
+        DeviceError: the device has too little memory for the whole model.
         ModelError: transformers cannot load it.
     """
     from transformers import AutoModelForCausalLM
@@ -30,7 +32,21 @@ def load_stock_model(folder: Path) -> Any:
     except Exception as error:  # a damaged file raises whatever its parser raises
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(f"{folder} cannot be loaded by transformers ({reason}); check its files") from None
-    return model.eval()
+    return _moved(model.eval(), device)
+
+
+def _moved(model: Any, device: Device) -> Any:
+    if device.is_host:
+        return model
+    import torch
+
+    try:
+        return model.to(device.name)
+    except torch.OutOfMemoryError:
+        raise DeviceError(
+            f"{device.name} has too little memory for the whole model, which generating text takes; free "
+            "some of it, or take another device or the cpu"
+        ) from None
 
 
 @contextmanager

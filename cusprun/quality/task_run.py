@@ -16,6 +16,7 @@ from cusprun.errors import MissingDependencyError, ModelError, UserError
 from cusprun.progress import SILENT, Progress
 from cusprun.quality.stock import load_stock_model
 from cusprun.quality.tasks import Task
+from cusprun.walk.device import CPU, Device
 
 DEFAULT_BATCH_SIZE = 8
 
@@ -65,6 +66,7 @@ def score_tasks(
     tasks: Sequence[Task],
     *,
     batch_size: int = DEFAULT_BATCH_SIZE,
+    device: Device = CPU,
     progress: Progress = SILENT,
 ) -> dict[str, tuple[float, ...]]:
     """Generate the answers of a model to tasks, greedily, in the type of its weights, and score them.
@@ -72,22 +74,30 @@ def score_tasks(
     Returns, for each task by name, the score of each of its documents in order.
 
     Raises:
+        DeviceError: the device has too little memory, for fewer prompts at one time too.
         MissingDependencyError: lm-eval is not installed.
         ModelError: transformers cannot load the model or its tokenizer.
     """
+    from cusprun.walk.fallback import Batching, with_smaller_batches
+
     require_lm_eval()
     total = sum(len(task.documents) for task in tasks)
-    with progress.stage("running tasks", total, "document") as advance, _quiet_and_offline():
-        from cusprun.quality.harness import per_document_scores
 
-        return per_document_scores(
-            load_stock_model(folder),
-            load_tokenizer(folder),
-            tasks,
-            batch_size=batch_size,
-            max_length=context_length or _DEFAULT_CONTEXT,
-            advance=advance,
-        )
+    def work(batching: Batching) -> dict[str, tuple[float, ...]]:
+        name = f"running tasks{batching.note}"
+        with progress.stage(name, total, "document") as advance, _quiet_and_offline():
+            from cusprun.quality.harness import per_document_scores
+
+            return per_document_scores(
+                load_stock_model(folder, device),
+                load_tokenizer(folder),
+                tasks,
+                batch_size=batching.share_of(batch_size),
+                max_length=context_length or _DEFAULT_CONTEXT,
+                advance=advance,
+            )
+
+    return with_smaller_batches(device, work)
 
 
 @contextmanager

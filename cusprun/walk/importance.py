@@ -15,6 +15,8 @@ from cusprun.errors import CorpusError, ModelError
 from cusprun.progress import SILENT, Progress
 from cusprun.records import TokenizedDocument
 from cusprun.walk.batches import Batch, make_batches
+from cusprun.walk.device import CPU, Device
+from cusprun.walk.fallback import Batching, with_smaller_batches
 from cusprun.walk.shell import DecoderShell
 from cusprun.walk.spill import Spill, spilled
 
@@ -25,7 +27,11 @@ _Means = dict[str, NDArray[np.float32]]
 
 
 def importance_of(
-    index: CheckpointIndex, documents: Sequence[Sequence[int]], progress: Progress = SILENT
+    index: CheckpointIndex,
+    documents: Sequence[Sequence[int]],
+    progress: Progress = SILENT,
+    *,
+    device: Device = CPU,
 ) -> _Means:
     """Return, for every linear layer, the mean over tokens of each input feature squared.
 
@@ -37,6 +43,7 @@ def importance_of(
         index: the model that will be quantised.
         documents: token ids of the calibration documents; those without tokens are passed over.
         progress: told about each batch in each block.
+        device: where the blocks run.
 
     Returns:
         float32 ``[in_features]`` by module name (``model.layers.3.mlp.down_proj``), and ``lm_head`` for the
@@ -44,23 +51,36 @@ def importance_of(
 
     Raises:
         CorpusError: there are no tokens.
+        DeviceError: the device has too little memory, in smaller batches too.
         ModelError: weights cannot be read, a token is not in the vocabulary, or the model computes values
             that are not finite.
     """
     texts = [TokenizedDocument("", str(i), tuple(ids)) for i, ids in enumerate(documents) if len(ids)]
     if not texts:
         raise CorpusError("there are no calibration documents to find the important weights with")
-    batches = make_batches(texts)
+    return with_smaller_batches(device, lambda batching: _measure(index, texts, progress, device, batching))
+
+
+def _measure(
+    index: CheckpointIndex,
+    texts: Sequence[TokenizedDocument],
+    progress: Progress,
+    device: Device,
+    batching: Batching,
+) -> _Means:
+    batches = make_batches(texts, batching.tokens)
     num_layers, width = index.shape.num_hidden_layers, index.shape.hidden_size
     means: _Means = {}
+    name = f"finding important weights{batching.note}"
     with (
-        spilled(batches, width) as hidden,
-        progress.stage("finding important weights", num_layers * len(batches), "batch") as advance,
+        device.exact(),
+        spilled(batches, width, device=device) as hidden,
+        progress.stage(name, num_layers * len(batches), "batch") as advance,
     ):
-        shell = DecoderShell(index)
+        shell = DecoderShell(index, device)
         shell.embed_into(hidden, batches)
         for layer in range(num_layers):
-            sums = _Sums()
+            sums = _Sums(device)
             for _ in _run_block(shell, layer, batches, hidden, sums):
                 advance(1)
             means |= _means_of(sums, index, f"block {layer}")
@@ -71,7 +91,8 @@ def importance_of(
 class _Sums:
     """Sums of squares in float64, by module name; ``mask`` is that of the batch that is running."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: Device) -> None:
+        self._device = device
         self.squares: dict[str, torch.Tensor] = {}
         self.num_tokens = 0
         self.mask = torch.zeros(0, 0, dtype=torch.bool)
@@ -79,7 +100,7 @@ class _Sums:
 
     def start(self, batch: Batch) -> None:
         """Take the next batch."""
-        self.mask = batch.mask
+        self.mask = self._device.put(batch.mask)
         self.num_tokens += batch.num_tokens
         self._last = None
 
@@ -89,6 +110,10 @@ class _Sums:
             self._last = values, values[self.mask].double().square().sum(dim=0)
         increment = self._last[1]
         self.squares[name] = self.squares[name] + increment if name in self.squares else increment
+
+    def mean(self, name: str) -> torch.Tensor:
+        """Return one mean over tokens, on the host: float32 [features]."""
+        return self._device.fetch((self.squares[name] / self.num_tokens).float())
 
 
 def _run_block(
@@ -123,7 +148,7 @@ def _observed(block: nn.Module, prefix: str, sums: _Sums) -> Iterator[None]:
 
 
 def _head_sums(shell: DecoderShell, batches: Sequence[Batch], hidden: Spill) -> _Sums:
-    sums, norm = _Sums(), shell.load_norm()
+    sums, norm = _Sums(shell.device), shell.load_norm()
     with torch.inference_mode():
         for position, batch in enumerate(batches):
             sums.start(batch)
@@ -132,7 +157,7 @@ def _head_sums(shell: DecoderShell, batches: Sequence[Batch], hidden: Spill) -> 
 
 
 def _means_of(sums: _Sums, index: CheckpointIndex, where: str) -> _Means:
-    means = {name: (total / sums.num_tokens).float() for name, total in sums.squares.items()}
+    means = {name: sums.mean(name) for name in sums.squares}
     if not all(bool(torch.isfinite(mean).all()) for mean in means.values()):
         raise ModelError(
             f"{index.folder}: the activations of {where} overflow float32 or are no numbers; "

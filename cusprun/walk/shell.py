@@ -18,26 +18,30 @@ from cusprun.checkpoint.index import CheckpointIndex
 from cusprun.checkpoint.reader import layer_tensors, read_tensor
 from cusprun.errors import ModelError
 from cusprun.walk.batches import Batch
+from cusprun.walk.device import CPU, Device
 from cusprun.walk.spill import Spill
 
 
 class DecoderShell:
-    """Runs the blocks of one checkpoint in float32, each loaded when asked for."""
+    """Runs the blocks of one checkpoint in float32 on one device, each loaded when asked for."""
 
-    def __init__(self, index: CheckpointIndex) -> None:
+    def __init__(self, index: CheckpointIndex, device: Device = CPU) -> None:
         self.index = index
+        self.device = device
         decoder = _empty_decoder(index)
         self._blocks = list(decoder.layers)
         self._embedding = decoder.embed_tokens
         self._norm = decoder.norm
         decoder.embed_tokens = decoder.norm = nn.Identity()
+        _move_buffers(decoder, device)
         self._decoder = decoder.eval()
         self._layer_types = getattr(decoder.config, "layer_types", None)
 
     def embed_into(self, hidden: Spill, batches: Sequence[Batch]) -> None:
         """Leave the input of block 0 in ``hidden``, one batch in memory at a time.
 
-        Only the rows of tokens that occur are cast, so a large vocabulary costs no float32 copy.
+        Only the rows of tokens that occur are cast, so a large vocabulary costs no float32 copy. The host
+        does this: it is a copy from its memory to its file.
 
         Raises:
             ModelError: a token has no row in the embedding.
@@ -58,10 +62,14 @@ class DecoderShell:
                 hidden.write(position, embedding(torch.searchsorted(used, batch.token_ids)))
 
     def load_block(self, layer: int) -> nn.Module:
-        """Return decoder block ``layer`` with its float32 weights; drop it to free them."""
+        """Return decoder block ``layer`` with its float32 weights; drop it to free them.
+
+        Weights travel in the type that they are stored in, and are cast on the device.
+        """
         prefix = self.index.family.layer_prefix(layer)
         weights = {
-            name.removeprefix(prefix): t for name, t in layer_tensors(self.index, layer, torch.float32)
+            name.removeprefix(prefix): self.device.put(tensor).float()
+            for name, tensor in layer_tensors(self.index, layer)
         }
         block: nn.Module = copy.deepcopy(self._blocks[layer]).eval()
         _assign(block, weights)
@@ -70,7 +78,8 @@ class DecoderShell:
     def load_norm(self) -> nn.Module:
         """Return the final norm with its float32 weights."""
         norm: nn.Module = copy.deepcopy(self._norm)
-        _assign(norm, {"weight": read_tensor(self.index, self.index.family.final_norm_name(), torch.float32)})
+        weight = read_tensor(self.index, self.index.family.final_norm_name())
+        _assign(norm, {"weight": self.device.put(weight).float()})
         return norm
 
     @contextmanager
@@ -93,8 +102,16 @@ class DecoderShell:
         return output
 
 
+def _move_buffers(decoder: nn.Module, device: Device) -> None:
+    """Put the rotary tables, and whatever else a decoder computes with, on the device."""
+    for module in decoder.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module._buffers[name] = device.put(buffer)
+
+
 def _assign(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    module.load_state_dict(dict(weights), strict=True, assign=True)
+    # Nothing is trained: a gradient's graph would keep intermediate results of the weights alive.
+    module.requires_grad_(False).load_state_dict(dict(weights), strict=True, assign=True)
 
 
 def _model_class() -> Any:

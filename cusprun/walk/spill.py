@@ -13,6 +13,7 @@ import torch
 
 from cusprun.errors import OutputError
 from cusprun.walk.batches import Batch
+from cusprun.walk.device import CPU, Device
 
 
 def _reserve(descriptor: int, num_bytes: int) -> None:
@@ -24,10 +25,14 @@ def _reserve(descriptor: int, num_bytes: int) -> None:
 
 
 class Spill:
-    """Float32 rows of one width for every padded token of a sequence of batches."""
+    """Float32 rows of one width for every padded token of a sequence of batches.
 
-    def __init__(self, batches: Sequence[Batch], width: int, folder: Path) -> None:
+    The file is the host's; rows are read onto ``device``, and written from there or from the host.
+    """
+
+    def __init__(self, batches: Sequence[Batch], width: int, folder: Path, device: Device = CPU) -> None:
         self._batches = batches
+        self._device = device
         self._width = width
         self._offsets = np.cumsum([0, *(batch.num_padded_tokens for batch in batches)])
         rows = int(self._offsets[-1])
@@ -44,11 +49,19 @@ class Spill:
 
     def read(self, batch: int) -> torch.Tensor:
         """Return a copy of one batch's rows: float32 [documents, tokens, width]."""
-        return torch.from_numpy(self._view(batch).copy())
+        return self._copied(self._view(batch))
+
+    def read_document(self, batch: int, row: int, tokens: slice) -> torch.Tensor:
+        """Return a copy of some tokens of one document of a batch: float32 [tokens, width]."""
+        return self._copied(self._view(batch)[row, tokens])
+
+    def _copied(self, view: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> torch.Tensor:
+        rows = torch.from_numpy(view)
+        return rows.clone() if self._device.is_host else self._device.put(rows)
 
     def write(self, batch: int, rows: torch.Tensor) -> None:
         """Store one batch's rows [documents, tokens, width]."""
-        self._view(batch)[...] = rows.numpy()
+        self._view(batch)[...] = self._device.fetch(rows).numpy()
 
     def _view(self, batch: int) -> np.ndarray[tuple[int, int, int], np.dtype[np.float32]]:
         documents, tokens = self._batches[batch].token_ids.shape
@@ -64,9 +77,11 @@ class Spill:
 
 
 @contextmanager
-def spilled(batches: Sequence[Batch], width: int, folder: Path | None = None) -> Iterator[Spill]:
+def spilled(
+    batches: Sequence[Batch], width: int, folder: Path | None = None, *, device: Device = CPU
+) -> Iterator[Spill]:
     """Yield a :class:`Spill` in ``folder`` (the system's temporary folder when none is given)."""
-    spill = Spill(batches, width, folder or Path(tempfile.gettempdir()))
+    spill = Spill(batches, width, folder or Path(tempfile.gettempdir()), device)
     try:
         yield spill
     finally:

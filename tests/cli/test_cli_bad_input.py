@@ -148,6 +148,12 @@ CASES = {
     ),
     "bad max-loss": Case(nothing, (*PRUNE, "--max-loss", "5"), ("5%",)),
     "unknown unit": Case(nothing, (*PRUNE, "--units", "blok"), ("did you mean 'block'",)),
+    "unknown device": Case(nothing, (*PRUNE, "--device", "cudaa"), ("did you mean 'cuda'", "cuda:N")),
+    "unknown device of a recipe": Case(
+        write("recipe.yaml", "model: model\nexpert: expert.yaml\nout: out\ndevice: gpu\n"),
+        ("run", "recipe.yaml"),
+        ("recipe.yaml:4", "unknown device 'gpu'"),
+    ),
     "unknown granularity": Case(nothing, (*PRUNE, "--granularity", "neurn"), ("did you mean 'neuron'",)),
     "neurons with targets": Case(
         nothing, (*PRUNE, "--granularity", "neuron", "--for", "gguf:f16"), ("leave out targets",)

@@ -49,7 +49,7 @@ def given(expert: Expert, tiny_llama: Path) -> Corpora:
 def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let nothing be generated any more."""
 
-    def refuse(*arguments: Any) -> None:
+    def refuse(*arguments: Any, **options: Any) -> None:
         raise AssertionError("generated again")
 
     monkeypatch.setattr("cusprun.quality.continuation.continuations", refuse)
@@ -90,7 +90,9 @@ def test_a_model_that_knows_the_held_out_texts_brings_none_in(
     texts = [item.token_ids for item in given.held_out]
     prompts: list[Any] = []
 
-    def recite(model: Any, tokenizer: Any, chosen: Any, *others: Any) -> tuple[tuple[int, ...], ...]:
+    def recite(
+        model: Any, tokenizer: Any, chosen: Any, *others: Any, **options: Any
+    ) -> tuple[tuple[int, ...], ...]:
         prompts.extend(chosen)
         rows = [
             next(text[len(p.token_ids) :] for text in texts if text[: len(p.token_ids)] == p.token_ids)
