@@ -17,24 +17,22 @@ from exporters.gguf_rope import Rope
 from exporters.gguf_support import sliding_blocks
 from exporters.gguf_vocab import GgufVocab
 
-_DEFAULT_RMS_EPS = 1e-6  # of the stock configs
-_DEFAULT_CONTEXT = 2048
 MANIFEST_NAME = "cusprun.json"
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*)/([\w.-]+)")
 
 
 def add_architecture(writer: gguf.GGUFWriter, index: CheckpointIndex, rope: Rope) -> None:
     """Write the widths and the rope settings; every width is stated, also those llama.cpp could guess."""
-    shape, config = index.shape, index.config
+    shape = index.shape
     writer.add_block_count(shape.num_hidden_layers)
-    writer.add_context_length(int(config.get("max_position_embeddings") or _DEFAULT_CONTEXT))
+    writer.add_context_length(int(index.stated("max_position_embeddings")))
     writer.add_embedding_length(shape.hidden_size)
     writer.add_feed_forward_length(shape.intermediate_size)
     writer.add_head_count(shape.num_attention_heads)
     writer.add_head_count_kv(shape.num_key_value_heads)
     writer.add_key_length(shape.head_dim)
     writer.add_value_length(shape.head_dim)
-    writer.add_layer_norm_rms_eps(float(config.get("rms_norm_eps") or _DEFAULT_RMS_EPS))
+    writer.add_layer_norm_rms_eps(float(index.stated("rms_norm_eps")))
     writer.add_vocab_size(shape.vocab_size)
     writer.add_rope_dimension_count(rope.stated_dimensions)
     writer.add_rope_freq_base(rope.theta)

@@ -60,7 +60,7 @@ def rope_of(index: CheckpointIndex, where: str) -> Rope:
     head_dim = index.shape.head_dim
     dimensions = _rotated_dimensions(settings, index, where)
     theta = _theta(settings, index, where)
-    rope = _scaled(settings, Rope(theta, dimensions), index.config, where)
+    rope = _scaled(settings, Rope(theta, dimensions), index, where)
     if dimensions != head_dim and not graph.has_partial_rotary:
         rope = replace(rope, frequency_factors=partial_frequency_factors(theta, head_dim, dimensions))
     if rope.frequency_factors is not None and not graph.has_frequency_factors:
@@ -93,16 +93,14 @@ def _theta(settings: Mapping[str, Any], index: CheckpointIndex, where: str) -> f
     return _DEFAULT_THETA
 
 
-def _scaled(settings: Mapping[str, Any], plain: Rope, config: Mapping[str, Any], where: str) -> Rope:
+def _scaled(settings: Mapping[str, Any], plain: Rope, index: CheckpointIndex, where: str) -> Rope:
     kind = rope_type(settings)
     if kind == "default":
         return plain
     factor = _number(settings, "factor", where)
     if kind == "linear":
         return replace(plain, scaling="linear", factor=factor)
-    original = settings.get("original_max_position_embeddings") or config.get("max_position_embeddings")
-    if not original:
-        raise ExportError(f"{where}: rope scaling needs original_max_position_embeddings; mend the config")
+    original = settings.get("original_max_position_embeddings") or index.stated("max_position_embeddings")
     if kind == "yarn":
         return _yarn(settings, plain, factor, int(original), where)
     factors = llama3_frequency_factors(settings, plain.theta, plain.dimensions, float(original), where)

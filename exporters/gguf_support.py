@@ -140,8 +140,8 @@ def _refuse_window(index: CheckpointIndex, where: str) -> None:
     family, config = index.family, index.config
     if not family.has_sliding_window(config):
         return
-    window, longest = family.setting(config, "sliding_window"), config.get("max_position_embeddings")
-    if isinstance(longest, int) and window >= longest:
+    window = family.setting(config, "sliding_window")
+    if window >= index.stated("max_position_embeddings"):
         return
     setting = "use_sliding_window to false" if config.get("use_sliding_window") else "it to null"
     raise ExportError(
@@ -156,11 +156,6 @@ def _refuse_blocks(index: CheckpointIndex, where: str) -> None:
     unknown = set(kinds) - {_SLIDING, _FULL}
     if unknown:
         raise ExportError(f"{where}: llama.cpp has no blocks with {sorted(unknown)[0]!r}; mend layer_types")
-    if kinds and len(kinds) != index.shape.num_hidden_layers:
-        raise ExportError(
-            f"{where}: layer_types has {len(kinds)} entries for {index.shape.num_hidden_layers} blocks; "
-            "mend the config"
-        )
     if _SLIDING in kinds and not index.family.setting(index.config, "sliding_window"):
         raise ExportError(
             f"{where}: layer_types names sliding windows and sliding_window none; mend the config"

@@ -19,7 +19,7 @@ from typing import Any
 
 from tokenizers.pre_tokenizers import ByteLevel
 
-from cusprun.checkpoint.files import TOKENIZER_FILES, read_generation_config
+from cusprun.checkpoint.files import TOKENIZER_FILES, read_generation_config, stop_ids
 from cusprun.checkpoint.gguf_tokenizer import pre_tokenizers
 from cusprun.errors import ExportError
 from exporters.gguf_tokenizer_file import SPECIAL_NAMES, StatedTokenizer, read_stated
@@ -102,15 +102,9 @@ class LoadedTokenizer:
         found = self.special_id("unk")
         return self.model.get("unk_id") if found is None else found
 
-    def stop_ids(self, config: Mapping[str, Any]) -> list[int]:
+    def stop_ids(self, config: Mapping[str, Any], vocab_size: int) -> list[int]:
         """Return the ids that end generation: the tokenizer's own, then those of both configs."""
-        stops: list[int] = []
-        own = self.special_id("eos")
-        for value in (own, self.generation_config.get("eos_token_id"), config.get("eos_token_id")):
-            for stop in value if isinstance(value, list) else [value]:
-                if isinstance(stop, int) and stop not in stops:
-                    stops.append(stop)
-        return stops
+        return stop_ids(config, self.generation_config, vocab_size, self.special_id("eos"))
 
     def is_space_replacement(self, step: Mapping[str, Any]) -> bool:
         """Return whether a normalizer only turns spaces into the space mark or joins runs of them."""

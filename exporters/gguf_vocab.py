@@ -67,7 +67,7 @@ def read_vocab(folder: Path, vocab_size: int, config: Mapping[str, Any]) -> Gguf
         token_types=tuple(_token_types(tokenizer, tokens, fields["model"])),
         add_bos=bos is not None,
         add_eos=eos is not None,
-        special_ids=_special_ids(tokenizer, bos, eos, config, losses),
+        special_ids=_special_ids(tokenizer, bos, eos, config, vocab_size, losses),
         chat_templates=tokenizer.chat_templates(),
         losses=tuple(losses),
         **fields,
@@ -237,17 +237,19 @@ def _special_ids(
     bos: int | None,
     eos: int | None,
     config: Mapping[str, Any],
+    vocab_size: int,
     losses: list[str],
 ) -> dict[str, int]:
-    stops = tokenizer.stop_ids(config)
+    stops = tokenizer.stop_ids(config, vocab_size)
     if eos is None:
         eos = tokenizer.special_id("eos")
     if eos is None and stops:
         eos = stops[0]
     if bos is None:
         bos = tokenizer.special_id("bos")
-    if bos is None and isinstance(config.get("bos_token_id"), int):
-        bos = int(config["bos_token_id"])
+    stated = config.get("bos_token_id")
+    if bos is None and isinstance(stated, int) and 0 <= stated < vocab_size:
+        bos = stated
     others = [stop for stop in stops if stop != eos]
     if len(others) > 2:
         losses.append(f"{len(others) - 2} of {len(others) + 1} stop tokens have no field in GGUF")

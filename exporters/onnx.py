@@ -155,7 +155,11 @@ def _prepare(index: CheckpointIndex, quant: str, options: Options) -> _Job:
         else options.algorithm,
         execution_provider=options.execution_provider,
     )
-    return _Job(index, recipe, onnx_tokenizer(index.folder, index.config, recipe.context_length))
+    return _Job(
+        index,
+        recipe,
+        onnx_tokenizer(index.folder, index.config, index.shape.vocab_size, recipe.context_length),
+    )
 
 
 def _check_options(options: Options) -> None:
@@ -172,9 +176,7 @@ def _check_options(options: Options) -> None:
 
 
 def _context_length(index: CheckpointIndex, options: Options) -> int:
-    own = index.config.get("max_position_embeddings")
-    if not isinstance(own, int) or own < 1:
-        raise ExportError(f"{index.folder / 'config.json'} states no max_position_embeddings; add it")
+    own = int(index.stated("max_position_embeddings"))
     if options.context_length is None:
         return min(own, _DEFAULT_CONTEXT)
     require_kind(options.context_length, int, "context_length", ExportError)
@@ -213,7 +215,7 @@ def _refuse_unsupported(index: CheckpointIndex, quant: str, options: Options) ->
 
 def _notes(job: _Job) -> tuple[str, ...]:
     index, recipe, notes = job.index, job.recipe, list(job.tokenizer.losses)
-    own = index.config["max_position_embeddings"]
+    own = index.stated("max_position_embeddings")
     if recipe.context_length < own:
         notes.append(f"texts can have {recipe.context_length} tokens where the model takes {own}")
     if recipe.precision == "fp16":

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cusprun.checkpoint.files import read_generation_config, tokenizer_hash
+from cusprun.checkpoint.files import read_generation_config, stop_ids, tokenizer_hash
 from cusprun.errors import ExportError
 
 _SPACE_MARK = "▁"
@@ -49,7 +49,9 @@ class OnnxTokenizer:
             (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
 
 
-def onnx_tokenizer(folder: Path, config: Mapping[str, Any], context_length: int) -> OnnxTokenizer:
+def onnx_tokenizer(
+    folder: Path, config: Mapping[str, Any], vocab_size: int, context_length: int
+) -> OnnxTokenizer:
     """Read the tokenizer of a folder as transformers runs it, and put it into words that both sides read.
 
     Raises:
@@ -64,9 +66,7 @@ def onnx_tokenizer(folder: Path, config: Mapping[str, Any], context_length: int)
             f"{folder}: onnxruntime-genai reads no {kind} tokenizer here, only BPE; export to GGUF"
         )
     adds_bos, adds_eos = _added(folder, loaded)
-    stops = _stop_ids(
-        loaded.eos_token_id, read_generation_config(folder).get("eos_token_id"), config.get("eos_token_id")
-    )
+    stops = stop_ids(config, read_generation_config(folder), vocab_size, loaded.eos_token_id)
     if not stops:
         raise ExportError(f"{folder} names no eos_token_id, without which generation never ends; add it")
     if any(step.get("add_prefix_space") for step in _steps(plain["pre_tokenizer"])):
@@ -123,16 +123,6 @@ def _load(folder: Path) -> Any:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ExportError(f"{folder}: the tokenizer cannot be loaded ({reason}); restore its files") from None
     return loaded
-
-
-def _stop_ids(*stated: Any) -> list[int]:
-    """Return the ids that end generation, each once; the tokenizer's own first."""
-    stops: list[int] = []
-    for value in stated:
-        for stop in value if isinstance(value, list) else [value]:
-            if isinstance(stop, int) and stop not in stops:
-                stops.append(stop)
-    return stops
 
 
 def _added(folder: Path, loaded: Any) -> tuple[bool, bool]:

@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from cusprun.checkpoint.files import read_generation_config
+from cusprun.checkpoint.files import read_generation_config, stop_ids
 from cusprun.checkpoint.index import CheckpointIndex
 from cusprun.codec import from_plain
 from cusprun.errors import ExportError
@@ -126,9 +126,8 @@ def generation_config_of(index: CheckpointIndex) -> dict[str, Any] | None:
         ExportError: the folder's own file cannot be read.
     """
     own = read_generation_config(index.folder)
-    stops = _ids(own.get("eos_token_id"))
-    wanted = list(dict.fromkeys([*stops, *_ids(index.config.get("eos_token_id"))]))
-    if own and wanted == stops:
+    wanted = stop_ids(index.config, own, index.shape.vocab_size)
+    if own and set(wanted) <= set(_ids(own.get("eos_token_id"))):
         return None
     if not own:
         own = {key: index.config[key] for key in _TOKEN_KEYS if index.config.get(key) is not None}

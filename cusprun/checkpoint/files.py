@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cusprun.errors import ExportError, ModelError
+from cusprun.families import families
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -59,7 +60,7 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
     """Return ``generation_config.json``, empty when a folder has none.
 
     Raises:
-        ExportError: it cannot be read as JSON.
+        ExportError: it cannot be read as JSON, or holds no mapping.
     """
     path = folder / "generation_config.json"
     if not path.is_file():
@@ -68,7 +69,26 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
         plain = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ExportError(f"{path} cannot be read as JSON ({error}); mend or remove it") from None
-    return plain if isinstance(plain, dict) else {}
+    if not isinstance(plain, dict):
+        raise ExportError(f"{path} does not hold a mapping; mend or remove it")
+    return plain
+
+
+def stop_ids(
+    config: Mapping[str, Any], generation_config: Mapping[str, Any], vocab_size: int, own: int | None = None
+) -> list[int]:
+    """Return the ids that end a text, each once: the tokenizer's ``own``, then those of both configs.
+
+    Where neither config states any, the stock config has a default of its own. Ids that no embedding row
+    stands for (-1, say) can never come and are left out.
+    """
+    stated = [values.get("eos_token_id") for values in (generation_config, config)]
+    if stated == [None, None]:
+        family = families().get(str(config.get("model_type")))
+        stated = [family.config_defaults.get("eos_token_id") if family else None]
+    found = [item for value in (own, *stated) for item in (value if isinstance(value, list) else [value])]
+    ids = [item for item in found if isinstance(item, int) and not isinstance(item, bool)]
+    return list(dict.fromkeys(item for item in ids if 0 <= item < vocab_size))
 
 
 def copy_carried_files(source: Path, target: Path) -> None:

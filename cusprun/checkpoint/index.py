@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cusprun.checkpoint.config_check import check_config
 from cusprun.checkpoint.safetensors_header import TensorInfo, read_header
 from cusprun.errors import ModelError, UnsupportedModelError
 from cusprun.families import Family, axis_length, family_of, shape_of
@@ -44,6 +45,11 @@ class CheckpointIndex:
         """Bytes of tensor data."""
         return sum(info.num_bytes for info in self.tensors.values())
 
+    def stated(self, key: str) -> Any:
+        """Return what the config states, or the default of the family's stock config."""
+        value = self.config.get(key)
+        return self.family.config_defaults.get(key) if value is None else value
+
     @property
     def head_name(self) -> str:
         """Name of the output projection; the embedding's own when they are tied."""
@@ -54,8 +60,8 @@ def open_checkpoint(folder: Path) -> CheckpointIndex:
     """Open a Hugging Face folder, reading headers only.
 
     Raises:
-        ModelError: no such folder, no config, pickled weights only, a shard missing, a damaged header, or a
-            tensor that is missing or has another shape than the config says.
+        ModelError: no such folder, no config or one with values that cannot be, pickled weights only, a shard
+            missing, a damaged header, or a tensor that is missing or has another shape than the config says.
         UnsupportedModelError: a family that is not supported, or a feature that cannot be pruned.
     """
     config = read_config(folder)
@@ -64,6 +70,7 @@ def open_checkpoint(folder: Path) -> CheckpointIndex:
         raise ModelError(
             f"{folder} holds quantised weights; start from the folder with the full-precision weights"
         )
+    check_config(config, str(folder / "config.json"))
     shape = shape_of(config, str(folder / "config.json"))
     tensors = _read_tensors(folder)
     if shape.num_hidden_layers > len(tensors):  # also keeps the table that is built per block small

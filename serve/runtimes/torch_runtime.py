@@ -100,13 +100,17 @@ class TorchRuntime:
     def special_ids(self) -> SpecialIds:
         """Special tokens of the tokenizer; stops also of the generation config and the config."""
         stops: list[int] = []
+        config = self._model.config
+        # as the file says it: the default of the class counts only where no generation config says otherwise
+        stated = type(config).get_config_dict(self._folder, local_files_only=True)[0].get("eos_token_id")
         for value in (
             self._tokenizer.eos_token_id,
             self._model.generation_config.eos_token_id,
-            self._model.config.eos_token_id,
+            stated,
         ):
             for stop in value if isinstance(value, list) else [value]:
-                if isinstance(stop, int) and stop not in stops:
+                # an id without a row, such as -1, can never come
+                if isinstance(stop, int) and stop not in stops and 0 <= stop < self.vocab_size:
                     stops.append(stop)
         return SpecialIds(self._tokenizer.bos_token_id, self._tokenizer.eos_token_id, tuple(stops))
 

@@ -152,8 +152,6 @@ def test_features_of_families_that_cannot_be_written(
     [
         ({"hidden_activation": "gelu"}, "gelu_pytorch_tanh only, not with 'gelu'"),
         ({"layer_types": ["chunked_attention", "full_attention"]}, "chunked_attention"),
-        ({"layer_types": ["full_attention"]}, "1 entries for 2 blocks"),
-        ({"sliding_window": 0}, "sliding_window none"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "states no rope_theta"),
     ],
 )
