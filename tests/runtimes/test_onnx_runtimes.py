@@ -1,4 +1,5 @@
-"""Both runtimes of an exported ONNX folder, and how far onnxruntime-genai's tokenizer agrees."""
+"""What is special to the runtimes of an exported ONNX folder (the contract is in
+``test_runtime_contract.py``), and how far onnxruntime-genai's tokenizer agrees."""
 
 from __future__ import annotations
 
@@ -16,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_exports import (
     QWEN2_PATTERN,
-    SENTENCES,
     TinyConfig,
     byte_level_tokenizer,
     make_folder,
@@ -24,11 +24,10 @@ from tiny_exports import (
     split_then_bytes,
 )
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cusprun.checkpoint.index import open_checkpoint
 from cusprun.errors import ExportError, MissingDependencyError, ModelError
-from cusprun.records import Message
 from exporters.onnx import check, export
 from exporters.parity_text import probe_texts
 from exporters.probe_strings import random_texts
@@ -42,7 +41,6 @@ for name in ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai"):
     pytest.importorskip(name)
 torch.set_num_threads(1)
 
-CHAT = (Message("user", "hi"),)
 TINY = TinyConfig("llama", {"num_hidden_layers": 1})
 LLAMA3_PATTERN = QWEN2_PATTERN.replace(r"\p{N}|", r"\p{N}{1,3}|")
 NEXT_LINE = "\x85"  # white space for Hugging Face, not for onnxruntime-genai
@@ -65,46 +63,6 @@ def runtime(request: pytest.FixtureRequest, artifact: Path) -> Any:
     made.close()
 
 
-def test_tokens_and_special_ids(runtime: Runtime, folder: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    for text in (*SENTENCES, "", "<|im_start|>x", "😀"):
-        assert runtime.tokenize(text, True) == tokenizer(text)["input_ids"]
-        assert runtime.tokenize(text, False) == tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert runtime.special_ids.bos == tokenizer.bos_token_id
-    assert runtime.special_ids.eos == tokenizer.eos_token_id
-    assert runtime.special_ids.stop == (tokenizer.eos_token_id,)
-    assert set(runtime.special_texts) == set(tokenizer.all_special_tokens) | {"<|im_start|>"}
-    assert runtime.vocab_size == len(tokenizer)
-
-
-def test_logits_of_every_position(runtime: Runtime, folder: Path) -> None:
-    ids = torch.randint(0, runtime.vocab_size, (511,), generator=torch.Generator().manual_seed(0))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with torch.inference_mode():
-        wanted = model(ids[None]).logits[0].numpy()
-    found = runtime.logits(ids.tolist())
-    assert found.dtype == np.float32
-    assert np.abs(found - wanted).max() <= 1e-3
-    assert np.abs(runtime.logits(ids[:5].tolist()) - wanted[:5]).max() <= 1e-3
-    assert runtime.logits([]).shape == (0, runtime.vocab_size)
-
-
-def test_greedy_continuation_is_that_of_transformers(runtime: Runtime, folder: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    stop = runtime.special_ids.stop
-    for text in SENTENCES:
-        prompt = runtime.tokenize(text, True)
-        wanted = model.generate(
-            torch.tensor([prompt]),
-            max_new_tokens=24,
-            do_sample=False,
-            pad_token_id=0,
-            eos_token_id=list(stop),
-        )[0, len(prompt) :].tolist()
-        wanted = wanted[: next((i for i, token in enumerate(wanted) if token in stop), len(wanted))]
-        assert list(runtime.generate(prompt, 24)) == wanted
-
-
 @pytest.mark.parametrize("pad", [None, "<|im_end|>", "<|endoftext|>"])
 def test_a_prompt_may_end_with_the_end_of_a_turn(pad: str | None, tmp_path: Path) -> None:
     """Where the padding token ends a text too, onnxruntime-genai would go on from before it."""
@@ -118,47 +76,12 @@ def test_a_prompt_may_end_with_the_end_of_a_turn(pad: str | None, tmp_path: Path
         assert list(genai.generate(prompt, 6)) == list(plain.generate(prompt, 6)) != []
 
 
-def test_generation_ends_before_a_stop_token(folder: Path, artifact: Path, tmp_path: Path) -> None:
-    """The third token of a continuation is made a token that ends a text."""
-    prompt = OnnxRuntime(artifact).tokenize(SENTENCES[0], True)
-    free = list(OnnxRuntime(artifact).generate(prompt, 8))
-    third = next(i for i in range(2, 8) if free[i] not in free[:i])
-    changed = tmp_path / "changed"
-    shutil.copytree(artifact, changed)
-    config = json.loads((changed / "genai_config.json").read_text(encoding="utf-8"))
-    config["model"]["eos_token_id"].append(free[third])
-    (changed / "genai_config.json").write_text(json.dumps(config), encoding="utf-8")
-    for kind in (OnnxGenaiRuntime, OnnxRuntime):
-        assert list(kind(changed).generate(prompt, 8)) == free[:third]
-
-
-def test_chat_prompt_has_one_bos(runtime: Runtime, folder: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    wanted = "<|begin|><|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    assert runtime.render_chat(CHAT) == wanted
-    ids = runtime.chat_token_ids(CHAT)
-    assert ids == tokenizer(wanted, add_special_tokens=False)["input_ids"]
-    assert ids.count(tokenizer.bos_token_id) == 1
-
-
 @pytest.mark.parametrize("kind", [OnnxGenaiRuntime, OnnxRuntime])
-def test_model_without_a_template_or_bos(kind: Any, tmp_path: Path) -> None:
-    tokenizer = byte_level_tokenizer(bos=False, template="")
+def test_model_without_bos(kind: Any, tmp_path: Path) -> None:
+    tokenizer = byte_level_tokenizer(bos=False)
     tokenizer.bos_token = None
     out = export(make_folder(tmp_path / "m", TINY, tokenizer), tmp_path / "out", quant="fp32")
-    runtime = kind(out)
-    assert runtime.render_chat(CHAT) is None
-    assert runtime.chat_token_ids(CHAT) == []
-    assert runtime.special_ids.bos is None
-    assert runtime.tokenize("x", True) == runtime.tokenize("x", False)
-
-
-@pytest.mark.parametrize("kind", [OnnxGenaiRuntime, OnnxRuntime])
-def test_template_that_refuses_is_an_error_of_ours(kind: Any, tmp_path: Path) -> None:
-    tokenizer = byte_level_tokenizer(template="{{ raise_exception('only users') }}")
-    out = export(make_folder(tmp_path / "m", TINY, tokenizer), tmp_path / "out", quant="fp32")
-    with pytest.raises(ModelError, match="chat template refuses"):
-        kind(out).render_chat(CHAT)
+    assert kind(out).special_ids.bos is None
 
 
 def test_tokens_that_the_graph_has_not_are_refused(runtime: Runtime) -> None:
