@@ -23,6 +23,7 @@ FLOAT_TYPES = ("F32", "F16", "BF16", "F64")
 """The types of weights that can be pruned and written."""
 
 _HASH_CHUNK_BYTES = 1 << 22
+_COMPARED_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,9 @@ def open_checkpoint(folder: Path) -> CheckpointIndex:
         )
     known = {spec.name: spec for spec in family.specs(shape.num_hidden_layers)}
     if shape.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
+        _require_the_embedding(
+            folder, tensors.pop("lm_head.weight", None), tensors.get(family.embedding_name())
+        )
     elif "lm_head.weight" not in tensors:
         raise ModelError(f"{folder} has no tensor lm_head.weight, and its config does not tie the embeddings")
     for name, spec in known.items():
@@ -108,6 +111,27 @@ def open_checkpoint(folder: Path) -> CheckpointIndex:
     return CheckpointIndex(
         folder, config, family, shape, {name: tensors[name] for name in known if name in tensors}
     )
+
+
+def _require_the_embedding(folder: Path, head: TensorInfo | None, embedding: TensorInfo | None) -> None:
+    """Refuse a head of its own where the config ties it: stock versions disagree on which of them counts.
+
+    The first rows tell: a matrix of its own differs in all of them.
+    """
+    if head is None or embedding is None:
+        return
+    alike = (head.dtype, head.shape) == (embedding.dtype, embedding.shape)
+    if not alike or _first_bytes(head) != _first_bytes(embedding):
+        raise ModelError(
+            f"{folder / 'config.json'} ties the embeddings, and the folder holds another lm_head.weight; set "
+            "tie_word_embeddings to false or remove the tensor"
+        )
+
+
+def _first_bytes(info: TensorInfo) -> bytes:
+    with info.file.open("rb") as stream:
+        stream.seek(info.offset)
+        return stream.read(min(info.num_bytes, _COMPARED_BYTES))
 
 
 def _require_stated_biases(
@@ -142,24 +166,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _read_tensors(folder: Path) -> dict[str, TensorInfo]:
-    tensors: dict[str, TensorInfo] = {}
-    if (folder / INDEX_NAME).is_file():
-        for file, names in _read_index(folder).items():
-            path = folder / file
-            if not path.is_file():
-                raise ModelError(
-                    f"{folder} lacks the shard {file} that {INDEX_NAME} names; copy the folder again"
-                )
-            header = read_header(path)
-            absent = [name for name in names if name not in header]
-            if absent:
-                raise ModelError(
-                    f"{path} lacks the tensor {absent[0]} that {INDEX_NAME} names; copy it again"
-                )
-            tensors.update((name, header[name]) for name in names)
-        return tensors
-    if (folder / SINGLE_NAME).is_file():
+    if (folder / SINGLE_NAME).is_file():  # before an index, as stock code looks for them
         return read_header(folder / SINGLE_NAME)
+    if (folder / INDEX_NAME).is_file():
+        return _read_shards(folder)
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if pickles:
         raise ModelError(
@@ -167,6 +177,22 @@ def _read_tensors(folder: Path) -> dict[str, TensorInfo]:
             "convert them to safetensors first"
         )
     raise ModelError(f"{folder} holds no safetensors weights; give the folder that holds the model")
+
+
+def _read_shards(folder: Path) -> dict[str, TensorInfo]:
+    tensors: dict[str, TensorInfo] = {}
+    for file, names in _read_index(folder).items():
+        path = folder / file
+        if not path.is_file():
+            raise ModelError(
+                f"{folder} lacks the shard {file} that {INDEX_NAME} names; copy the folder again"
+            )
+        header = read_header(path)
+        absent = [name for name in names if name not in header]
+        if absent:
+            raise ModelError(f"{path} lacks the tensor {absent[0]} that {INDEX_NAME} names; copy it again")
+        tensors.update((name, header[name]) for name in names)
+    return tensors
 
 
 def _read_index(folder: Path) -> dict[str, list[str]]:
