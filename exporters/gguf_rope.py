@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from cusprun.checkpoint.index import CheckpointIndex
 from cusprun.errors import ExportError, require_known
 from exporters.gguf_support import rope_settings, rope_type, sliding_blocks, target_of
+from exporters.rotated_share import rotated_share
 
 SCALINGS = ("default", "linear", "yarn", "llama3")
 _DEFAULT_THETA = 10000.0  # of transformers, when a config states none
@@ -58,7 +59,7 @@ def rope_of(index: CheckpointIndex, where: str) -> Rope:
     kind = rope_type(settings)
     require_known(kind, SCALINGS, f"rope scaling in {where}, which GGUF cannot hold:", ExportError)
     head_dim = index.shape.head_dim
-    dimensions = _rotated_dimensions(settings, index, where)
+    dimensions = _rotated_dimensions(index, where)
     theta = _theta(settings, index, where)
     rope = _scaled(settings, Rope(theta, dimensions), index, where)
     if dimensions != head_dim and not graph.has_partial_rotary:
@@ -70,13 +71,9 @@ def rope_of(index: CheckpointIndex, where: str) -> Rope:
     return _with_sliding(rope, index, where)
 
 
-def _rotated_dimensions(settings: Mapping[str, Any], index: CheckpointIndex, where: str) -> int:
-    share = settings.get("partial_rotary_factor")
-    if share in (None, 1, 1.0):
-        return index.shape.head_dim
-    if not index.family.partial_rotary:
-        raise ExportError(f"{where}: partial_rotary_factor other than 1 cannot be exported for this family")
-    dimensions = int(index.shape.head_dim * _number(settings, "partial_rotary_factor", where))
+def _rotated_dimensions(index: CheckpointIndex, where: str) -> int:
+    share = rotated_share(index)
+    dimensions = int(index.shape.head_dim * share)
     if dimensions < 2 or dimensions % 2 or dimensions > index.shape.head_dim:
         raise ExportError(
             f"{where}: partial_rotary_factor {share} rotates {dimensions} dimensions of a head of "

@@ -21,7 +21,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from cusprun.checkpoint.files import TOKENIZER_FILES, read_generation_config, stop_ids
 from cusprun.checkpoint.gguf_tokenizer import pre_tokenizers
-from cusprun.errors import ExportError
+from cusprun.errors import ExportError, reason_of
 from exporters.gguf_tokenizer_file import SPECIAL_NAMES, StatedTokenizer, read_stated
 
 if sys.version_info >= (3, 11):
@@ -157,7 +157,7 @@ def _load(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception on a damaged file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = reason_of(error)
         raise ExportError(f"{folder}: the tokenizer cannot be loaded ({reason}); restore its files") from None
 
 

@@ -17,9 +17,10 @@ from exporters.onnx_build import BUILDERS, Recipe, build, require_builder
 from exporters.onnx_files import copy_provenance, correct_genai_config, read_record, write_record
 from exporters.onnx_load import load_once
 from exporters.onnx_locate import locate
-from exporters.onnx_rope import check_rope, rotary_dim
+from exporters.onnx_rope import check_rope
 from exporters.onnx_tokenizer import OnnxTokenizer, onnx_tokenizer
 from exporters.onnx_weights import check_weights
+from exporters.rotated_share import rotated_share
 
 __all__ = ["Options", "check", "export", "locate", "quant_of"]
 
@@ -203,14 +204,14 @@ def _refuse_unsupported(index: CheckpointIndex, quant: str, options: Options) ->
         raise ExportError(
             f"{where}: the hidden states of {family.model_type} overflow float16; use fp32, int8 or int4"
         )
-    if options.execution_provider == "cpu":
-        rotated = rotary_dim(index.config, shape.head_dim)
-        if shape.head_dim % _HEAD_MULTIPLE or rotated % _ROTARY_MULTIPLE:
-            raise ExportError(
-                f"{where}: onnxruntime's attention on the CPU takes head sizes that are multiples of "
-                f"{_HEAD_MULTIPLE} with a rotated part that is one of {_ROTARY_MULTIPLE}, not "
-                f"{shape.head_dim} and {rotated}; export to GGUF"
-            )
+    rotated = int(shape.head_dim * rotated_share(index))
+    fits = not shape.head_dim % _HEAD_MULTIPLE and not rotated % _ROTARY_MULTIPLE
+    if options.execution_provider == "cpu" and not fits:
+        raise ExportError(
+            f"{where}: onnxruntime's attention on the CPU takes head sizes that are multiples of "
+            f"{_HEAD_MULTIPLE} with a rotated part that is one of {_ROTARY_MULTIPLE}, not "
+            f"{shape.head_dim} and {rotated}; export to GGUF"
+        )
 
 
 def _notes(job: _Job) -> tuple[str, ...]:

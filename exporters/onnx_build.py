@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cusprun.checkpoint.index import CheckpointIndex
-from cusprun.errors import ExportError, MissingDependencyError
+from cusprun.errors import ExportError, MissingDependencyError, reason_of
 from cusprun.progress import Advance, Progress
 from exporters.onnx_quantise import is_weight_product, quantise_graph
 from exporters.onnx_rope import flat_settings, rotary_tables
@@ -90,7 +90,7 @@ def build(index: CheckpointIndex, out: Path, recipe: Recipe, progress: Progress)
     except (ExportError, OSError, KeyboardInterrupt):
         raise
     except Exception as error:  # whatever the builder raises, its own output says more
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = reason_of(error)
         last = said.getvalue().strip().splitlines()[-1:]
         hint = f" after {last[0]!r}" if last else ""
         raise ExportError(
@@ -111,7 +111,7 @@ def _build(index: CheckpointIndex, out: Path, recipe: Recipe, progress: Progress
     settings.pop("_effective_builder_config")
     config = details["hf_config"]
     tables = rotary_tables(copy.deepcopy(config), index.shape.head_dim, recipe.context_length)
-    _prepare_config(config, recipe.context_length)
+    _prepare_config(config, index.family.architecture, recipe.context_length)
     matrices = 0 if recipe.precision.startswith("fp") else index.shape.num_hidden_layers
     with (
         progress.stage(
@@ -168,9 +168,10 @@ def _flags(recipe: Recipe) -> list[str]:
     return flags
 
 
-def _prepare_config(config: Any, context_length: int) -> None:
+def _prepare_config(config: Any, architecture: str, context_length: int) -> None:
     """Say in the config object what the builder reads from it, and reads elsewhere or not at all
     otherwise."""
+    config.architectures = [architecture]  # the folder may name none, or a class of its own
     sliding = None if "rope_type" in config.rope_parameters else config.rope_parameters["sliding_attention"]
     config.rope_parameters = flat_settings(config)
     if sliding is not None:

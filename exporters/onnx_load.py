@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cusprun.errors import ExportError
+from cusprun.errors import ExportError, reason_of
 from exporters.onnx_build import MODEL_NAME
 from exporters.onnx_files import GENAI_NAME
 
@@ -36,7 +36,7 @@ def load_once(folder: Path, context_length: int) -> None:
         plain = _plain_token(folder, config, prompt)
         genai = _genai_token(folder, prompt, context_length)
     except Exception as error:  # both libraries raise their own kinds, all with a text
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = reason_of(error)
         raise ExportError(f"the exported model does not run: {reason}") from error
     if plain != genai:
         raise ExportError(f"onnxruntime gives the token {plain} and onnxruntime-genai {genai} for one prompt")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from cusprun.checkpoint.index import CheckpointIndex, open_checkpoint
 from cusprun.errors import ModelError
 from exporters.onnx_build import MODEL_NAME
+from exporters.onnx_rope import rotary_tables
 
 if TYPE_CHECKING:
     import torch
@@ -48,16 +50,14 @@ def locate(folder: Path, artifact: Path, quant: str) -> str | None:
     Raises:
         ModelError: one of the two cannot be read.
     """
-    index = open_checkpoint(folder)
-    for stored in _stored(artifact):
-        wanted = _wanted(index, stored.name)
-        if wanted is None:
-            continue
+    index, graph = open_checkpoint(folder), _read_graph(artifact)
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    for stored, wanted in chain(_weights(index, artifact, graph, tensors), _tables(index, artifact, tensors)):
         found = stored.values
         if found.shape != wanted.shape:
             return f"{stored.name} has the shape {found.shape} where the checkpoint has {wanted.shape}"
         norm = float(np.linalg.norm(wanted))
-        error = float(np.linalg.norm(found - wanted)) / (norm or 1.0)
+        error = float(np.linalg.norm(found.astype(np.float64) - wanted)) / (norm or 1.0)
         if not error <= _ROUNDING[stored.bits]:
             return (
                 f"{stored.name} is off by {error:.2g} of its norm in {quant}, where {stored.bits} bits "
@@ -66,16 +66,47 @@ def locate(folder: Path, artifact: Path, quant: str) -> str | None:
     return None
 
 
-def _stored(artifact: Path) -> Iterator[_Stored]:
-    """Yield matrices, norms and biases in the order in which they are computed."""
+def _read_graph(artifact: Path) -> Any:
     import onnx
 
     path = artifact / MODEL_NAME
     try:
-        graph = onnx.load(path, load_external_data=False).graph
+        return onnx.load(path, load_external_data=False).graph
     except Exception as error:  # protobuf raises its own kinds
         raise ModelError(f"{path} cannot be read ({error}); export the model again") from None
-    tensors = {tensor.name: tensor for tensor in graph.initializer}
+
+
+def _weights(
+    index: CheckpointIndex, artifact: Path, graph: Any, tensors: Mapping[str, Any]
+) -> Iterator[tuple[_Stored, NDArray[np.float32]]]:
+    """Yield each matrix, norm and bias of the graph, in order, with what the checkpoint has for it."""
+    for stored in _stored(artifact, graph, tensors):
+        wanted = _wanted(index, stored.name)
+        if wanted is not None:
+            yield stored, wanted
+
+
+def _tables(
+    index: CheckpointIndex, artifact: Path, tensors: Mapping[str, Any]
+) -> Iterator[tuple[_Stored, NDArray[np.float32]]]:
+    """Yield the rotary tables, which hold the first of two equal halves, with what transformers computes."""
+    names = [name for name in tensors if name.startswith("cos_cache")]
+    if not names:
+        return
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(index.folder, local_files_only=True, trust_remote_code=False)
+    tables = rotary_tables(config, index.shape.head_dim, tensors[names[0]].dims[0])
+    # one table, or one for each kind of block: those that see everything first
+    for name, pair in zip(sorted(names), tables, strict=True):
+        for part, table in zip(("cos", "sin"), pair, strict=True):
+            full = name.replace("cos", part, 1)
+            values, bits = _values(artifact, tensors[full])
+            yield _Stored(full, values, bits), table[:, : table.shape[1] // 2].numpy()
+
+
+def _stored(artifact: Path, graph: Any, tensors: Mapping[str, Any]) -> Iterator[_Stored]:
+    """Yield matrices, norms and biases in the order in which they are computed."""
     for node in graph.node:
         name = _MATRIX.fullmatch(node.name)
         if name and node.op_type == _QUANTISED:

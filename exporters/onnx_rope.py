@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from cusprun.errors import ExportError, require_known
+from exporters.rotated_share import rope_groups
 
 if TYPE_CHECKING:
     import torch
@@ -23,18 +24,11 @@ KINDS_OF_BLOCKS = ("full_attention", "sliding_attention")
 
 def check_rope(config: Mapping[str, Any], where: str) -> None:
     """Raise ``ExportError`` for a scaling that a table cannot hold."""
-    for settings in _groups(config):
+    for settings in rope_groups(config):
         kind = str(settings.get("rope_type", settings.get("type", "default")))
         require_known(
             kind, SCALINGS, f"rope scaling in {where}, which an ONNX graph cannot hold:", ExportError
         )
-
-
-def rotary_dim(config: Mapping[str, Any], head_dim: int) -> int:
-    """Return how many features of a head are rotated."""
-    shares = [settings.get("partial_rotary_factor") for settings in _groups(config)]
-    share = next((value for value in (*shares, config.get("partial_rotary_factor")) if value), 1.0)
-    return int(head_dim * share)
 
 
 def rotary_tables(config: Any, head_dim: int, context_length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -74,11 +68,3 @@ def _table(
     angles = torch.outer(torch.arange(context_length).float(), frequencies.float())
     both_halves = torch.cat((angles, angles), dim=-1)
     return both_halves.cos() * magnitude, both_halves.sin() * magnitude
-
-
-def _groups(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the rope settings of a config.json, of transformers 5 or older: one, or one per kind of
-    block."""
-    settings = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    inner = [value for value in settings.values() if isinstance(value, Mapping)]
-    return inner or [settings]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cusprun.checkpoint.files import read_generation_config, stop_ids, tokenizer_hash
-from cusprun.errors import ExportError
+from cusprun.errors import ExportError, reason_of
 
 _SPACE_MARK = "▁"
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -120,7 +120,7 @@ def _load(folder: Path) -> Any:
         loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         loaded.backend_tokenizer.to_str()
     except Exception as error:  # the tokenizers library raises bare Exception on a damaged file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = reason_of(error)
         raise ExportError(f"{folder}: the tokenizer cannot be loaded ({reason}); restore its files") from None
     return loaded
 

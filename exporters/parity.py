@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from cusprun.checkpoint.index import model_hash, open_checkpoint
+from cusprun.checkpoint.output import remove
 from cusprun.codec import dump_json
 from cusprun.errors import CusprunError, ExportError, GateError
 from cusprun.progress import SILENT, Progress
@@ -27,15 +28,22 @@ class Named(Protocol):
     def name(self) -> str: ...
 
 
+class Sized(Protocol):
+    """A runtime that may take short texts only."""
+
+    @property
+    def max_tokens(self) -> int | None: ...
+
+
 class Reference(LogitRuntime, Named, Protocol):
     """What the gate needs of the runtime of the checkpoint."""
 
 
-class LogitCandidate(LogitRuntime, Named, Protocol):
+class LogitCandidate(LogitRuntime, Named, Sized, Protocol):
     """A runtime of an artifact that gives logits; every one in this process does."""
 
 
-class LogProbCandidate(LogProbRuntime, Named, Protocol):
+class LogProbCandidate(LogProbRuntime, Named, Sized, Protocol):
     """A runtime of an artifact that gives the likeliest tokens only, as servers do."""
 
 
@@ -47,16 +55,19 @@ def compare(
     limits: Limits,
     progress: Progress = SILENT,
 ) -> ParityReport:
-    """Compare two runtimes on texts and on documents of token ids (cut to 512 tokens each).
+    """Compare two runtimes on texts and on documents of token ids.
+
+    Documents are cut to 512 tokens each, or to what the candidate takes.
 
     Raises:
         ExportError: there are no documents, so nothing could be proven.
     """
-    documents = [list(document[:MAX_DOCUMENT_TOKENS]) for document in token_documents if len(document) > 1]
+    longest = min(MAX_DOCUMENT_TOKENS, candidate.max_tokens or MAX_DOCUMENT_TOKENS)
+    documents = [list(document[:longest]) for document in token_documents if len(document) > 1]
     if not documents:
         raise ExportError("parity needs at least one document of two tokens; give held-out documents")
     text = compare_texts(reference, candidate, texts)
-    logits = compare_logits(reference, candidate, documents, progress)
+    logits = compare_logits(reference, candidate, documents, longest, progress)
     failures = (*text_failures(text), *logit_failures(logits, limits))
     return ParityReport(
         verdict="fail" if failures else "pass",
@@ -89,20 +100,16 @@ def verify_artifact(
     ``limits_for(format_name, quant)`` names; ``texts`` default to the probe strings of the package. With
     ``reject``, an artifact that fails is renamed to ``<artifact>.rejected``: right for one that was just made
     from ``folder``, wrong for a file of the user's, who may have named the wrong folder. ``locate`` is asked
-    which tensor differs first when the artifact fails.
+    which tensor differs first when the artifact fails, and for the precisions whose limits say so always.
 
     Raises:
         GateError: the artifact is over a limit.
         ExportError: there are no limits for the format and precision, or no documents.
     """
     index = open_checkpoint(folder)
+    limits = limits_for(format_name, quant, index.family.activation)
     report = compare(
-        reference,
-        candidate,
-        probe_texts() if texts is None else texts,
-        token_documents,
-        limits_for(format_name, quant, index.family.activation),
-        progress,
+        reference, candidate, probe_texts() if texts is None else texts, token_documents, limits, progress
     )
     report = dataclasses.replace(
         report,
@@ -112,15 +119,16 @@ def verify_artifact(
         reference_sha256=model_hash(index),
         artifact_sha256=sha256_of(artifact),
     )
-    if report.failures and locate is not None:
-        report = dataclasses.replace(report, first_difference=_located(locate))
+    if locate is not None and (report.failures or limits.compares_weights):
+        report = _with_difference(report, locate)
     report_path = artifact.with_name(f"{artifact.name}.parity.json")
     dump_json(report, report_path)
     if report.failures:
         advice = "give the folder that it was made from, or export it again"
         if reject:
             rejected = artifact.with_name(f"{artifact.name}.rejected")
-            artifact.replace(rejected)
+            remove(rejected)  # of an earlier try; a folder cannot take the place of another one
+            artifact.rename(rejected)
             advice = f"it was renamed to {rejected.name}"
         found = f" ({report.first_difference})" if report.first_difference else ""
         raise GateError(
@@ -130,12 +138,19 @@ def verify_artifact(
     return report
 
 
-def _located(locate: Callable[[], str | None]) -> str | None:
-    """Return where the weights differ; an artifact too damaged to be read has said so by failing."""
+def _with_difference(report: ParityReport, locate: Callable[[], str | None]) -> ParityReport:
+    """Add where the weights differ, which fails an artifact even if no text has met the difference.
+
+    An artifact too damaged to be read has said so by failing.
+    """
     try:
-        return locate()
+        difference = locate()
     except (CusprunError, OSError, ValueError, KeyError) as error:
-        return f"its weights cannot be compared: {error}"
+        difference = f"its weights cannot be compared: {error}" if report.failures else None
+    if difference is None:
+        return report
+    failures = report.failures or ("its weights are not those of the checkpoint",)
+    return dataclasses.replace(report, verdict="fail", failures=failures, first_difference=difference)
 
 
 def sha256_of(artifact: Path) -> str:

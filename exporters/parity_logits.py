@@ -92,9 +92,12 @@ def compare_logits(
     reference: LogitRuntime,
     candidate: LogitRuntime | LogProbRuntime,
     documents: Sequence[list[int]],
+    longest: int,
     progress: Progress = SILENT,
 ) -> LogitParity:
     """Compare the distributions after every token of ``documents``, and the greedy text after their starts.
+
+    No text is longer than ``longest`` tokens, those of the continuation included.
 
     A candidate without logits is compared on the tokens it names: the KL is then that between the
     distributions over these tokens and the rest as one, which is a lower bound of the whole KL (it can only
@@ -114,7 +117,7 @@ def compare_logits(
             else:
                 _add_top(sums, wanted, candidate.top_log_probs(document), document)  # type: ignore[union-attr]
             if number < _GREEDY_DOCUMENTS:
-                shares.append(_greedy_share(reference, candidate, document[:_GREEDY_PROMPT_TOKENS]))
+                shares.append(_greedy_share(reference, candidate, document, longest))
             advance(1)
     return LogitParity(
         documents=len(documents),
@@ -235,9 +238,12 @@ def _perplexity(nll: float, predicted: int) -> float:
     return math.exp(mean) if mean < 700 else math.inf  # exp(710) overflows a float64
 
 
-def _greedy_share(reference: GeneratingRuntime, candidate: GeneratingRuntime, prompt: list[int]) -> float:
-    wanted = list(reference.generate(prompt, _GREEDY_NEW_TOKENS))
-    found = list(candidate.generate(prompt, _GREEDY_NEW_TOKENS))
+def _greedy_share(
+    reference: GeneratingRuntime, candidate: GeneratingRuntime, document: list[int], longest: int
+) -> float:
+    prompt = document[: min(_GREEDY_PROMPT_TOKENS, longest // 2)]
+    count = min(_GREEDY_NEW_TOKENS, longest - len(prompt))
+    wanted, found = (list(runtime.generate(prompt, count)) for runtime in (reference, candidate))
     if wanted == found:
         return 1.0
     common = 0

@@ -31,6 +31,7 @@ class Limits:
     mean_kl_max: float | None = None
     top1_agreement_min: float | None = None
     perplexity_ratio_max: float | None = None
+    compares_weights: bool = False
 
 
 @dataclass(frozen=True)

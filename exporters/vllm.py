@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cusprun.checkpoint.files import copy_carried_files, tokenizer_hash, write_config
 from cusprun.checkpoint.index import CheckpointIndex, open_checkpoint
 from cusprun.checkpoint.output import atomic_folder, refuse_existing, require_space
-from cusprun.errors import ExportError, require_kind, require_known
+from cusprun.errors import ExportError, reason_of, require_kind, require_known
 from cusprun.progress import SILENT, Progress
 from exporters.vllm_artifact import locate, quant_of
 from exporters.vllm_config import (
@@ -330,7 +330,7 @@ def _open_once(folder: Path, job: _Job) -> None:
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config)
     except Exception as error:  # the tokenizers library raises bare Exception on a damaged file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = reason_of(error)
         raise ExportError(f"stock transformers refuses the exported folder: {reason}") from None
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if job.index.shape.tie_word_embeddings:

@@ -9,6 +9,7 @@ from cusprun.checkpoint.index import CheckpointIndex
 from cusprun.errors import ExportError
 from cusprun.families import axis_length
 from cusprun.records import Shape
+from exporters.rotated_share import rotated_share
 
 GROUP_SIZES = (128, 64, 32)
 """Weights per scale that vLLM's 4-bit kernels know."""
@@ -57,6 +58,7 @@ def refuse_unsupported(index: CheckpointIndex, quant: str) -> None:
             f"{where}: hidden states of {family.model_type} pass the largest float16 and vLLM refuses it; "
             "use bfloat16 or float32"
         )
+    rotated_share(index)
     activation = config.get(family.activation_key) or family.activation
     if activation != family.activation:
         raise ExportError(

@@ -12,7 +12,7 @@ from typing import Any
 from cusprun.corpus.packs import read_pack
 from cusprun.corpus.readers import Row, read_file
 from cusprun.corpus.templates import Parts, field_names, parse_template, render, require_fields
-from cusprun.errors import CorpusError, MissingDependencyError, nearest
+from cusprun.errors import CorpusError, MissingDependencyError, nearest, reason_of
 from cusprun.records import Document, Message, Source
 
 _DEFAULT_SPLIT = "train"
@@ -83,7 +83,7 @@ def _read_dataset(source: Source, name: str) -> Iterator[Row]:
         for number, fields in enumerate(rows, 1):
             yield Row(f"{name}, row {number}", fields)
     except Exception as error:  # its library raises what its many back ends raise, with no common base
-        problem = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        problem = reason_of(error)
         raise CorpusError(
             f"{name} cannot be loaded ({problem.rstrip('.')}); "
             "check its id, config and split, and the network"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cusprun.corpus.split import text_hash
-from cusprun.errors import CorpusError, ModelError
+from cusprun.errors import CorpusError, ModelError, reason_of
 from cusprun.progress import SILENT, Progress
 from cusprun.records import Document, TokenizedDocument
 
@@ -33,7 +33,7 @@ def load_tokenizer(model_dir: Path) -> Any:
         return AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a damaged file raises whatever its parser raises
         raise ModelError(
-            f"the tokenizer in {model_dir} cannot be loaded ({_first_line(error)}); "
+            f"the tokenizer in {model_dir} cannot be loaded ({reason_of(error)}); "
             "the folder needs the tokenizer files of the model"
         ) from None
 
@@ -77,7 +77,7 @@ def _chat_text(document: Document, tokenizer: Any) -> str:
         roles = ", ".join(message.role for message in document.messages)
         raise CorpusError(
             f"the model's chat template refuses a chat of the {document.dimension} corpus with the roles "
-            f"{roles} ({_first_line(error)}); change the roles or use a text template"
+            f"{roles} ({reason_of(error)}); change the roles or use a text template"
         ) from None
     return text
 
@@ -85,8 +85,3 @@ def _chat_text(document: Document, tokenizer: Any) -> str:
 def _encode(tokenizer: Any, text: str, special: bool) -> list[int]:
     # verbose=False: a text longer than the model's context is cut by the caller, no cause for a warning.
     return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

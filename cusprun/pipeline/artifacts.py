@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cusprun.cache import cached, fresh_output, key_of
+from cusprun.checkpoint.output import remove
 from cusprun.errors import ExportError, ModelError, require_known
 from cusprun.pipeline.calibration import MANIFEST_NAME, importance_for, known_corpora
 from cusprun.pipeline.proof import RUNTIMES, parity_documents, prove
@@ -105,14 +105,6 @@ def refuse_edited(index: CheckpointIndex) -> None:
             f"{path} was written for other weights or another config than those beside it; make the expert "
             "again, or remove the manifest to export the folder as it is"
         )
-
-
-def remove(artifact: Path) -> None:
-    """Remove an artifact, file or folder, if it is there."""
-    if artifact.is_dir():
-        shutil.rmtree(artifact)
-    else:
-        artifact.unlink(missing_ok=True)
 
 
 def bench(

@@ -90,6 +90,7 @@ class LlamaCppRuntime:
         self._wanted_context = context_length
         self.name = f"llama-cpp-python {self._lib.__version__}"
         self.vocab_size = int(self._lib.llama_vocab_n_tokens(self._vocab))
+        self.max_tokens = None
 
     def tokenize(self, text: str, add_special: bool) -> list[int]:
         """Return the token ids of ``text``; special tokens in the text are recognised."""

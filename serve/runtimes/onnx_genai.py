@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cusprun.errors import MissingDependencyError, ModelError
+from cusprun.errors import MissingDependencyError, ModelError, reason_of
 from cusprun.records import Message
-from serve.runtimes.onnx_plain import INSTALL, read_json
+from serve.runtimes.onnx_plain import INSTALL, read_json, read_settings
 from serve.runtimes.protocol import SpecialIds
 
 
@@ -43,8 +43,8 @@ class OnnxGenaiRuntime:
         self._library: Any = onnxruntime_genai
         self._library.disable_telemetry_events()
         self._path = path
-        settings = read_json(path / "genai_config.json")["model"]
-        self._context_length = int(settings["context_length"])
+        settings = read_settings(path)
+        self.max_tokens = int(settings["context_length"])
         self._has_bos = settings.get("bos_token_id") is not None
         try:
             config = self._library.Config(str(path))
@@ -55,7 +55,7 @@ class OnnxGenaiRuntime:
             self._tokenizer = self._library.Tokenizer(self._model)
         except Exception as error:  # the library raises plain RuntimeError, with a text
             raise ModelError(
-                f"{path} cannot be loaded by onnxruntime-genai ({_first_line(error)}); export it again"
+                f"{path} cannot be loaded by onnxruntime-genai ({reason_of(error)}); export it again"
             ) from None
         self.name = f"onnxruntime-genai {self._library.__version__}"
         self.vocab_size = int(settings["vocab_size"])
@@ -67,7 +67,7 @@ class OnnxGenaiRuntime:
             return [int(token) for token in self._tokenizer.encode(text)]
         except RuntimeError as error:
             raise ModelError(
-                f"{self._path}: onnxruntime-genai cannot tokenise {text[:40]!r} ({_first_line(error)})"
+                f"{self._path}: onnxruntime-genai cannot tokenise {text[:40]!r} ({reason_of(error)})"
             ) from None
 
     def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
@@ -98,7 +98,7 @@ class OnnxGenaiRuntime:
             return str(self._tokenizer.apply_chat_template(turns, add_generation_prompt=True))
         except RuntimeError as error:
             raise ModelError(
-                f"{self._path}: the chat template refuses these messages ({_first_line(error)})"
+                f"{self._path}: the chat template refuses these messages ({reason_of(error)})"
             ) from None
 
     def chat_token_ids(self, messages: Sequence[Message]) -> list[int]:
@@ -124,9 +124,9 @@ class OnnxGenaiRuntime:
 
     def _start(self, token_ids: Sequence[int], max_length: int) -> Any:
         """Return a greedy generator that has read ``token_ids``."""
-        if max_length > self._context_length + 1:
+        if max_length > self.max_tokens + 1:
             raise ModelError(
-                f"{self._path} takes {self._context_length} tokens, not {max_length}; export it with a "
+                f"{self._path} takes {self.max_tokens} tokens, not {max_length}; export it with a "
                 "longer context_length"
             )
         out_of_range = [token for token in token_ids if not 0 <= token < self.vocab_size]
@@ -140,12 +140,8 @@ class OnnxGenaiRuntime:
             repetition_penalty=1.0,
             no_repeat_ngram_size=0,
             min_length=0,
-            max_length=min(max_length, self._context_length),
+            max_length=min(max_length, self.max_tokens),
         )
         generator = self._library.Generator(self._model, params)
         generator.append_tokens(np.array([token_ids], dtype=np.int32))
         return generator
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cusprun.errors import MissingDependencyError, ModelError
+from cusprun.errors import MissingDependencyError, ModelError, reason_of
 from cusprun.records import Message
 from serve.runtimes.chat_template import render_template
 from serve.runtimes.protocol import SpecialIds
 
 INSTALL = "pip install 'cusprun[onnx]'"
 _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_MODEL_KEYS = ("decoder", "context_length", "vocab_size", "eos_token_id")
+_DECODER_KEYS = ("filename", "num_key_value_heads", "head_size")
 _SILENT = 4  # onnxruntime's severity "fatal": errors come as exceptions, with the same text
 
 
@@ -40,6 +42,22 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return the part ``model`` of a folder's ``genai_config.json``, with all that is read from it.
+
+    Raises:
+        ModelError: the file is missing or damaged.
+    """
+    file = path / "genai_config.json"
+    model: Any = read_json(file).get("model")
+    decoder = model.get("decoder") if isinstance(model, dict) else None
+    for name, part, keys in (("model", model, _MODEL_KEYS), ("model.decoder", decoder, _DECODER_KEYS)):
+        absent = [key for key in keys if not isinstance(part, dict) or key not in part]
+        if absent:
+            raise ModelError(f"{file} has no {name}.{absent[0]}; export the model again")
+    return dict(model)
+
+
 class OnnxRuntime:
     """A folder made by ``exporters.onnx`` in ``onnxruntime.InferenceSession``, without onnxruntime-genai.
 
@@ -58,7 +76,7 @@ class OnnxRuntime:
         from tokenizers import Tokenizer
 
         self._path = path
-        self._config = read_json(path / "genai_config.json")["model"]
+        self._config = read_settings(path)
         self._decoder: Mapping[str, Any] = self._config["decoder"]
         self._tokenizer_config = read_json(path / "tokenizer_config.json")
         options = onnxruntime.SessionOptions()
@@ -69,9 +87,10 @@ class OnnxRuntime:
             self._tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
             self._session = onnxruntime.InferenceSession(str(graph), options, providers=[provider])
         except Exception as error:  # both libraries raise their own kinds, all with a text
-            raise ModelError(f"{path} cannot be loaded by onnxruntime ({_first_line(error)})") from None
+            raise ModelError(f"{path} cannot be loaded by onnxruntime ({reason_of(error)})") from None
         self.name = f"onnxruntime {onnxruntime.__version__}"
         self.vocab_size = int(self._config["vocab_size"])
+        self.max_tokens = int(self._config["context_length"])
 
     def tokenize(self, text: str, add_special: bool) -> list[int]:
         """Return the token ids of ``text``; special tokens in the text are recognised."""
@@ -149,7 +168,3 @@ class OnnxRuntime:
         names = [name.replace("past_key_values", "present") for name in cache]
         logits, *present = self._session.run(["logits", *names], feed)
         return logits[0].astype(np.float32), dict(zip(cache, present, strict=True))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

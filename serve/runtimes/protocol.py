@@ -47,6 +47,11 @@ class Runtime(Protocol):
         """Number of logits per token."""
         ...
 
+    @property
+    def max_tokens(self) -> int | None:
+        """Tokens of the longest text that can be run; ``None`` where the model's own length is the limit."""
+        ...
+
     def tokenize(self, text: str, add_special: bool) -> list[int]:
         """Return the token ids of ``text``; special tokens in the text are recognised.
 

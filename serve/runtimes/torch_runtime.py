@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cusprun.errors import ModelError
+from cusprun.errors import ModelError, reason_of
 from cusprun.records import Message
 from serve.runtimes.protocol import SpecialIds
 
@@ -35,7 +35,7 @@ class TorchRuntime:
                 folder, dtype=torch.float32, use_safetensors=True, **options
             )
         except Exception as error:  # the tokenizers library raises bare Exception on a damaged file
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = reason_of(error)
             raise ModelError(
                 f"{folder} cannot be loaded by transformers ({reason}); check its files"
             ) from None
@@ -43,6 +43,7 @@ class TorchRuntime:
         self._folder = folder
         self.name = f"transformers {transformers.__version__}"
         self.vocab_size = int(self._model.config.vocab_size)
+        self.max_tokens = None
 
     def tokenize(self, text: str, add_special: bool) -> list[int]:
         """Return the token ids of ``text``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 import subprocess
 import sys
 import urllib.error
@@ -55,6 +56,8 @@ def find_python(given: Path | None = None) -> Path:
     """
     named = given or (Path(os.environ[PYTHON_VARIABLE]) if os.environ.get(PYTHON_VARIABLE) else None)
     if named is not None:
+        # absolute, since the probe and the server run elsewhere; a bare name is looked for on PATH
+        named = Path(shutil.which(named) or named).absolute()
         if not _has_vllm(named):
             raise MissingDependencyError(
                 f"{named} is no Python that has vLLM; set {PYTHON_VARIABLE} to one, or run: make vllm"

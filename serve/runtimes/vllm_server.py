@@ -57,6 +57,7 @@ class VllmRuntime:
         limit = self._config.get("max_position_embeddings")
         length = min(context_length, limit) if isinstance(limit, int) else context_length
         self.vocab_size = int(self._config["vocab_size"])
+        self.max_tokens = length - 1  # one token is made even where only those of the prompt are asked for
         self._top_tokens = min(TOP_TOKENS, self.vocab_size)
         options = [
             "--served-model-name", _MODEL, "--max-model-len", str(length),
@@ -64,7 +65,11 @@ class VllmRuntime:
             "--max-num-seqs", "4", "--max-logprobs", str(self._top_tokens), "--no-enable-prefix-caching",
         ]  # fmt: skip
         self._process = VllmProcess(find_python(python), path, options, n_threads, start_timeout_s)
-        self.name = f"vllm {self._process.call('/version')['version']}"
+        try:
+            self.name = f"vllm {self._process.call('/version')['version']}"
+        except BaseException:
+            self.close()
+            raise
 
     def tokenize(self, text: str, add_special: bool) -> list[int]:
         """Return the token ids of ``text``; special tokens in the text are recognised."""

@@ -68,6 +68,16 @@ def _huge_header(folder: Path) -> None:
     path.write_bytes(struct.pack("<Q", 2**62) + path.read_bytes()[8:])
 
 
+def _write_index(text: str) -> Damage:
+    """An index in the place of the one file."""
+
+    def damage(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").write_text(text)
+
+    return damage
+
+
 BROKEN: dict[str, tuple[Damage, str]] = {
     "no folder": (shutil.rmtree, "is not a folder"),
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
@@ -88,15 +98,15 @@ BROKEN: dict[str, tuple[Damage, str]] = {
     ),
     "a foreign tensor": (_edit_weights(lambda w: w.update({"model.extra": torch.ones(5)})), "model.extra"),
     "a missing shard": (
-        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}'),
+        _write_index('{"weight_map": {"a": "b.safetensors"}}'),
         "lacks the shard",
     ),
     "a shard outside": (
-        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b"}}'),
+        _write_index('{"weight_map": {"a": "../b"}}'),
         "outside the folder",
     ),
     "a damaged index": (
-        lambda f: (f / "model.safetensors.index.json").write_text("[]"),
+        _write_index("[]"),
         "index.json is damaged",
     ),
     "width of no sense": (_edit_config(hidden_size="many"), "hidden_size"),

@@ -127,6 +127,7 @@ class Scripted:
     """A runtime with given logits that spells text as its code points."""
 
     name = "scripted"
+    max_tokens: int | None = None
     special_texts: tuple[str, ...] = ("<s>",)
 
     def __init__(self, table: NDArray[np.float32], **changes: Any) -> None:

@@ -61,7 +61,7 @@ def tables(seed: int, noise: float) -> tuple[NDArray[np.float32], NDArray[np.flo
 
 
 def compared(wanted: NDArray[np.float32], candidate: Any) -> LogitParity:
-    return compare_logits(Reference(wanted), candidate, [DOCUMENT])  # type: ignore[arg-type]
+    return compare_logits(Reference(wanted), candidate, [DOCUMENT], 512)  # type: ignore[arg-type]
 
 
 def test_all_tokens_named_is_the_comparison_of_logits() -> None:

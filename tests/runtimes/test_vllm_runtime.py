@@ -76,6 +76,13 @@ class TestProcess:
         monkeypatch.setenv(PYTHON_VARIABLE, str(named))
         assert find_python() == named
         assert find_python(given) == given
+        monkeypatch.setenv(PYTHON_VARIABLE, "named")  # as it is written, from the current folder
+        assert find_python() == named
+        monkeypatch.setenv(PYTHON_VARIABLE, "on-path")
+        monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
+        (tmp_path / "bin").mkdir()
+        on_path = script(tmp_path / "bin" / "on-path", "exit 1")
+        assert find_python() == on_path
         monkeypatch.setenv(PYTHON_VARIABLE, "/bin/false")
         with pytest.raises(MissingDependencyError, match=r"/bin/false is no Python that has vLLM"):
             find_python()
