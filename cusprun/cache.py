@@ -18,7 +18,7 @@ from cusprun.errors import ModelError, OutputError
 from cusprun.paths import expand_home
 from cusprun.progress import SILENT, Progress
 
-_PARTIAL = re.compile(r"\.(?P<name>.+)\.partial-(?P<pid>\d+)")
+_PARTIAL = re.compile(r"\.(?P<name>.+)\.partial-(?P<pid>\d+)(-\w+)?")  # -f16: what is quantised from
 _CHUNK_BYTES = 1 << 22
 
 

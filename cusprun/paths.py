@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from cusprun.errors import UserError
+from cusprun.errors import ModelError, UserError
+
+_GGUF_MAGIC = b"GGUF"
 
 
 def expand_home(path: str | os.PathLike[str]) -> Path:
@@ -22,3 +24,18 @@ def expand_home(path: str | os.PathLike[str]) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         return Path(path)
+
+
+def is_gguf(path: Path) -> bool:
+    """Tell whether a file is GGUF, by its name or its first bytes.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    if path.suffix == ".gguf":
+        return True
+    try:
+        with path.open("rb") as stream:
+            return stream.read(len(_GGUF_MAGIC)) == _GGUF_MAGIC
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error.strerror}); check the file") from None

@@ -7,15 +7,15 @@ import errno
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
 
 from cusprun.cache import cached, file_sha256, key_of
-from cusprun.errors import ModelError
-from cusprun.paths import expand_home
+from cusprun.errors import ModelError, UserError
+from cusprun.paths import expand_home, is_gguf
 from cusprun.progress import SILENT, Progress
 from cusprun.version import __version__
 
@@ -26,7 +26,6 @@ StrPath = str | os.PathLike[str]
 
 PACKAGE_PREFIX = "package:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_GGUF_MAGIC = b"GGUF"
 _ASSEMBLE = "assemble"
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 _PATH_SIGNS = ("/", ".", "~", "\\")
@@ -57,7 +56,7 @@ def locate(model: StrPath, progress: Progress = SILENT) -> Located:
     if path.is_dir():
         return Located(path, path.resolve().name)
     if path.exists():
-        if not _is_gguf(path):
+        if not is_gguf(path):
             raise ModelError(f"{path} is no GGUF file; give a Hugging Face folder, a hub id or a GGUF file")
         return Located(path, path.name)
     if isinstance(model, Path) or not _HUB_ID.fullmatch(text) or text.endswith(".gguf"):
@@ -93,18 +92,18 @@ def resolve(model: StrPath, progress: Progress = SILENT) -> Located:
 
 
 def as_paths(paths: StrPath | Sequence[StrPath]) -> list[Path]:
-    """Return one path, or several, as a list."""
-    return [Path(path) for path in ((paths,) if isinstance(paths, str | os.PathLike) else paths)]
+    """Return one path, or several, as a list.
 
-
-def _is_gguf(path: Path) -> bool:
-    if path.suffix == ".gguf":
-        return True
-    try:
-        with path.open("rb") as stream:
-            return stream.read(len(_GGUF_MAGIC)) == _GGUF_MAGIC
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read ({error.strerror}); check the file") from None
+    Raises:
+        UserError: something given is no path, or an empty one.
+    """
+    several = (paths,) if isinstance(paths, str | os.PathLike) or not isinstance(paths, Iterable) else paths
+    found = []
+    for path in several:
+        if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+            raise UserError(f"a path must be text or a Path, not {path!r:.60}")
+        found.append(Path(path))
+    return found
 
 
 def _gguf_of_package(name: str, progress: Progress) -> Path:
@@ -165,7 +164,7 @@ def _assembled(name: str, init: Path, progress: Progress) -> Path:
                     raise
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
                 raise ModelError(f"the Python package {name!r} cannot assemble its file ({reason})") from None
-            if not partial.is_file() or not _is_gguf(partial):
+            if not partial.is_file() or not is_gguf(partial):
                 raise ModelError(
                     f"{_ASSEMBLE}(output_path) of the Python package {name!r} wrote no GGUF file there; "
                     "install the package again"

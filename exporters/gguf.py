@@ -20,6 +20,7 @@ from cusprun.checkpoint.gguf_header import read_gguf
 from cusprun.checkpoint.index import CheckpointIndex, open_checkpoint
 from cusprun.checkpoint.output import atomic_file, refuse_existing, require_space
 from cusprun.errors import ExportError, require_kind, require_known, require_list
+from cusprun.paths import is_gguf
 from cusprun.progress import SILENT, Progress
 from exporters.gguf_imatrix import importance_matrix
 from exporters.gguf_load import load_once
@@ -169,13 +170,15 @@ def export(
 
 
 def quant_of(path: Path) -> str | None:
-    """Return the precision that a GGUF file is named after; None when it is no file ending in ``.gguf``.
+    """Return the precision that a GGUF file is named after; None for anything else.
+
+    A file is one by its first bytes, or by a name that ends in ``.gguf``.
 
     Raises:
         ModelError: the file is damaged.
         ExportError: it is of a precision without limits.
     """
-    if path.suffix != ".gguf" or not path.is_file():
+    if not path.is_file() or not is_gguf(path):
         return None
     file_type = read_gguf(path).metadata.get("general.file_type")
     names = {int(number): name for name, number in FILE_TYPES.items()}
@@ -285,7 +288,7 @@ def _tell(job: _Job, path: Path, chosen: Mapping[str, ChosenType], num_importanc
 def _write(job: _Job, path: Path, progress: Progress, num_importances: int = 0) -> None:
     writer = gguf.GGUFWriter(path, target_of(job.index).architecture)
     try:
-        add_provenance(writer, job.index)
+        add_provenance(writer, job.index, job.vocab)
         add_architecture(writer, job.index, job.rope)
         add_vocab(writer, job.vocab)
         if num_importances:

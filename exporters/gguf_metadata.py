@@ -18,6 +18,10 @@ from exporters.gguf_support import sliding_blocks
 from exporters.gguf_vocab import GgufVocab
 
 MANIFEST_NAME = "cusprun.json"
+_STRIPPING_NAME = re.compile(r"phi-?3", re.IGNORECASE)
+_TELLING_NAMES = re.compile(r"(phi)-?(3)|(modern)-(bert)", re.IGNORECASE)
+"""Names by which llama.cpp changes how tokens take the space around them (src/llama-vocab.cpp)."""
+
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*)/([\w.-]+)")
 
 
@@ -90,7 +94,7 @@ def add_vocab(writer: gguf.GGUFWriter, vocab: GgufVocab) -> None:
         )
 
 
-def add_provenance(writer: gguf.GGUFWriter, index: CheckpointIndex) -> None:
+def add_provenance(writer: gguf.GGUFWriter, index: CheckpointIndex, vocab: GgufVocab) -> None:
     """Write name, licence and source as far as the folder's model card and manifest state them."""
     card, manifest = _model_card(index.folder), _manifest(index.folder)
     expert = manifest.get("expert")
@@ -98,7 +102,7 @@ def add_provenance(writer: gguf.GGUFWriter, index: CheckpointIndex) -> None:
     bases = _bases(card, manifest)
     name = str(expert_name or index.folder.absolute().name)
     writer.add_type("model")
-    writer.add_name(name)
+    writer.add_name(_told_name(name, vocab.strips_as_phi3))
     writer.add_basename(_basename(bases[0][1] if bases else name))
     if expert_name:
         writer.add_finetune(str(expert_name))
@@ -117,6 +121,17 @@ def add_provenance(writer: gguf.GGUFWriter, index: CheckpointIndex) -> None:
     plan = manifest.get("plan")
     if isinstance(plan, dict) and isinstance(plan.get("ratio"), int | float):
         writer.add_float32("cusprun.ratio", float(plan["ratio"]))
+
+
+def _told_name(name: str, strips_as_phi3: bool) -> str:
+    """Return the name in a spelling from which llama.cpp concludes about tokens what is true of them.
+
+    By a name with ``phi-3`` in it, special tokens swallow the space after them, and a vocabulary without
+    ``</s>`` cannot be loaded.
+    """
+    if strips_as_phi3:
+        return name if _STRIPPING_NAME.search(name) else f"{name} (phi-3)"
+    return _TELLING_NAMES.sub(lambda match: "_".join(filter(None, match.groups())), name)
 
 
 def _bases(card: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[tuple[str, str]]:

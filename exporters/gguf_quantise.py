@@ -60,7 +60,7 @@ def quantise(
         num_bytes: about how large ``target`` will be, for the progress.
         importance: float32 vectors by GGUF tensor name, finite, as long as the tensor's rows.
         types: the types of single tensors by GGUF tensor name.
-        threads: threads of the quantiser; all cores when not given.
+        threads: threads of the quantiser, at most one per core; all cores when not given.
         progress: told how many bytes have been written.
 
     Raises:
@@ -100,7 +100,8 @@ def _parameters(
     """Return the quantiser's parameters, and what they point to: it must live as long as they do."""
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = int(FILE_TYPES[quant])
-    params.nthread = threads or os.cpu_count() or 1
+    cores = os.cpu_count() or 1
+    params.nthread = min(threads or cores, cores)
     if hasattr(params, "max_buf_size"):
         params.max_buf_size = _BUFFER_BYTES
     kept: list[Any] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,9 @@ _SPACE = "▁"
 _NORMAL, _UNKNOWN, _CONTROL = gguf.TokenType.NORMAL, gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL
 _USER, _UNUSED, _BYTE = gguf.TokenType.USER_DEFINED, gguf.TokenType.UNUSED, gguf.TokenType.BYTE
 _BYTE_TOKENS = frozenset(f"<0x{byte:02X}>" for byte in range(256))
+_PHI3_KEEPING = frozenset({"<unk>", "<s>", "<|endoftext|>"})
+"""Special tokens of Phi 3 that leave the space after them alone."""
+
 _UNREACHABLE_SCORE = -1e9  # below every merge rank, so llama.cpp merges into such a token last
 
 
@@ -26,6 +29,7 @@ class GgufVocab:
     ``model`` and ``pre`` are GGUF's names of the algorithm and the pre-tokenizer. ``scores`` are empty for
     byte-level BPE, ``merges`` for all others. ``special_ids`` maps GGUF's names (``bos``, ``eos``, ``eot``,
     ``eom``, ``unk``, ``pad``) to ids. ``chat_templates`` maps template names to Jinja sources.
+    ``strips_as_phi3``: the added tokens swallow the space after them as llama.cpp has it for Phi 3 alone.
     """
 
     model: str
@@ -41,6 +45,7 @@ class GgufVocab:
     remove_extra_whitespaces: bool = False
     precompiled_charsmap: bytes = b""
     chat_templates: Mapping[str, str] = field(default_factory=dict)
+    strips_as_phi3: bool = False
     losses: tuple[str, ...] = ()
 
 
@@ -52,7 +57,8 @@ def read_vocab(folder: Path, vocab_size: int, config: Mapping[str, Any]) -> Gguf
             something that llama.cpp cannot reproduce.
     """
     tokenizer = load_tokenizer(folder, str(config.get("model_type", "")))
-    losses = list(_added_token_losses(tokenizer))
+    strips = _strips_as_phi3(tokenizer)
+    losses = list(_added_token_losses(tokenizer, ("rstrip",) if strips else ()))
     tokens = _token_list(tokenizer, vocab_size, losses)
     algorithm = _ALGORITHMS.get(tokenizer.model["type"])
     if algorithm is None:
@@ -69,6 +75,7 @@ def read_vocab(folder: Path, vocab_size: int, config: Mapping[str, Any]) -> Gguf
         add_eos=eos is not None,
         special_ids=_special_ids(tokenizer, bos, eos, config, vocab_size, losses),
         chat_templates=tokenizer.chat_templates(),
+        strips_as_phi3=strips,
         losses=tuple(losses),
         **fields,
     )
@@ -95,14 +102,23 @@ def _token_list(tokenizer: LoadedTokenizer, vocab_size: int, losses: list[str]) 
     return tokens
 
 
-def _added_token_losses(tokenizer: LoadedTokenizer) -> Iterator[str]:
+def _strips_as_phi3(tokenizer: LoadedTokenizer) -> bool:
+    """Return whether all special tokens swallow the space after them but those that Phi 3 excepts."""
+    strips = {
+        token["content"]: bool(token.get("rstrip")) for token in tokenizer.added if token.get("special")
+    }
+    wanted = {text: text not in _PHI3_KEEPING for text in strips}
+    return strips == wanted and {*_PHI3_KEEPING, "</s>"} <= strips.keys()
+
+
+def _added_token_losses(tokenizer: LoadedTokenizer, kept: Container[str]) -> Iterator[str]:
     for flag, meaning in (
         ("lstrip", "swallow the space before them"),
         ("rstrip", "swallow the space after them"),
         ("single_word", "match whole words only"),
     ):
         names = [token["content"] for token in tokenizer.added if token.get(flag)]
-        if names:
+        if names and flag not in kept:
             yield f"{len(names)} added tokens ({names[0]!r}, ...) {meaning}; llama.cpp matches them literally"
 
 
@@ -241,6 +257,11 @@ def _special_ids(
     losses: list[str],
 ) -> dict[str, int]:
     stops = tokenizer.stop_ids(config, vocab_size)
+    if not stops:
+        raise ExportError(
+            f"{tokenizer.folder} names no eos_token_id, and llama.cpp would take a token of its own choice "
+            "for the end; add it to generation_config.json"
+        )
     if eos is None:
         eos = tokenizer.special_id("eos")
     if eos is None and stops:
