@@ -57,7 +57,7 @@ def make(options: Options, ledger: Ledger) -> str:
     for table, (model, name) in wanted.items():
         if options.only not in (None, table):
             continue
-        bench = Bench.of(model, options.expert(EXPERTS[name]), options.data, options.scratch / model.name)
+        bench = Bench.of(model, options.expert(EXPERTS[name]), options, options.scratch / model.name)
         with _folders(bench) as folders:
             for side, folder in folders.items():
                 _parity_table(f"{table}/{side}", bench, folder, options, ledger)
@@ -148,7 +148,7 @@ def _shown(row: Row) -> str:
 def _speed_table(options: Options, ledger: Ledger) -> None:
     checkout = os.environ.get("LLAMA_CPP")
     converter = Path(checkout) / "convert_hf_to_gguf.py" if checkout else None
-    small = Bench.of(SMOLLM2, options.expert(EXPERTS["english-maths"]), options.data, options.scratch / "s")
+    small = Bench.of(SMOLLM2, options.expert(EXPERTS["english-maths"]), options, options.scratch / "s")
     jobs = [
         Job(
             small.key("speed", title, bool(converter)),

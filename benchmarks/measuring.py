@@ -33,6 +33,7 @@ from cusprun.pruning.store import ImpactStore, open_store
 from cusprun.quality.likelihood import DocumentLikelihood, measure_likelihood
 from cusprun.quality.report import corpus_quality
 from cusprun.records import Corpora, Expert, Plan, TokenizedDocument
+from cusprun.walk.device import CPU, Device, open_device
 
 RESULTS = Path(__file__).parent / "results"
 VERSIONED = ("cusprun", "torch", "transformers")
@@ -55,10 +56,10 @@ class Bench:
         self._scratch = scratch
 
     @classmethod
-    def of(cls, model: BenchModel, expert: BenchExpert, data: Path, scratch: Path) -> Bench:
+    def of(cls, model: BenchModel, expert: BenchExpert, options: Options, scratch: Path) -> Bench:
         """Open the model and read the corpora."""
-        opened = open_model(model.source)
-        return cls(opened, expert, load_corpora(expert, data, opened.index.folder), scratch)
+        opened = open_model(model.source, device=options.device)
+        return cls(opened, expert, load_corpora(expert, options.data, opened.index.folder), scratch)
 
     @property
     def index(self) -> CheckpointIndex:
@@ -85,13 +86,14 @@ class Bench:
                 self._scratch / "store",
                 model_hash=self.opened.model_hash,
                 corpus_hash=corpus_hash(self.corpora),
+                device=self.opened.device,
             )
         )
 
     @cached_property
     def originals(self) -> dict[str, Likelihoods]:
         """The likelihoods of the documents that are measured on, under the model before it is cut."""
-        return {side: measure_likelihood(self.index, getattr(self.corpora, side)) for side in SIDES}
+        return self._likelihoods(self.index)
 
     @property
     def provenance(self) -> Provenance:
@@ -113,6 +115,7 @@ class Bench:
                 provenance=self.provenance,
                 settings=settings,
                 measure=False,
+                device=self.opened.device,
             )
             yield folder
 
@@ -125,8 +128,11 @@ class Bench:
 
     def measured(self, folder: Path) -> Row:
         """Measure a folder on both sides, in float32, against the original."""
-        index = open_checkpoint(folder)
-        return self.compared({side: measure_likelihood(index, getattr(self.corpora, side)) for side in SIDES})
+        return self.compared(self._likelihoods(open_checkpoint(folder)))
+
+    def _likelihoods(self, index: CheckpointIndex) -> dict[str, Likelihoods]:
+        device = self.opened.device
+        return {side: measure_likelihood(index, getattr(self.corpora, side), device=device) for side in SIDES}
 
     def compared(self, likelihoods: Mapping[str, Likelihoods]) -> Row:
         """Return perplexities and their ratios to the original's, with intervals over documents."""
@@ -196,6 +202,7 @@ class Ledger:
         *,
         fresh: bool = False,
         show: Callable[[Row], str] | None = None,
+        device: Device = CPU,
     ) -> None:
         """Do the jobs of a table whose rows are missing; rows that no job makes any more are dropped.
 
@@ -214,7 +221,7 @@ class Ledger:
             row = {**job.label, **job.work()}
             row |= {
                 "seconds": round(time.monotonic() - started, 1),
-                "machine": machine(),
+                "machine": machine(device),
                 "versions": {package: metadata.version(package) for package in VERSIONED},
             }
             table["rows"][job.key] = row
@@ -244,6 +251,7 @@ class Options:
     fresh: bool
     only: str | None
     smoke: bool
+    device: Device = CPU
 
     def expert(self, expert: BenchExpert) -> BenchExpert:
         """Return an expert, with a few documents of each kind in a smoke run."""
@@ -259,6 +267,7 @@ def run(name: str, description: str, make: Callable[[Options, Ledger], str]) -> 
     parser.add_argument("--data", type=Path, required=True, help="folder with gsm8k/ and xquad/")
     parser.add_argument("--fresh", action="store_true", help="make finished rows again, too")
     parser.add_argument("--only", metavar="MODEL/EXPERT", help="make the rows of one table")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N or auto")
     parser.add_argument("--smoke", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(prefix="cusprun-bench-"))
@@ -266,7 +275,8 @@ def run(name: str, description: str, make: Callable[[Options, Ledger], str]) -> 
     results.mkdir(exist_ok=True)
     try:
         ledger = Ledger(results / f"{name}.json", f"make bench-{name} DATA=FOLDER")
-        options = Options(given.data, results, scratch, given.fresh, given.only, given.smoke)
+        device = open_device(given.device)
+        options = Options(given.data, results, scratch, given.fresh, given.only, given.smoke, device)
         markdown = make(options, ledger)
         (results / f"{name}.md").write_text(markdown, encoding="utf-8")
         print(markdown)
@@ -298,8 +308,8 @@ def stock_likelihoods(model: Any, documents: Sequence[TokenizedDocument]) -> tup
     return tuple(results)
 
 
-def machine() -> Row:
-    """Describe where the numbers come from."""
+def machine(device: Device = CPU) -> Row:
+    """Describe where the numbers come from; ``gpu`` is there when the walk ran on one."""
     cpu = next(
         (line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")),
         platform.processor(),
@@ -309,6 +319,7 @@ def machine() -> Row:
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "load_at_end": round(os.getloadavg()[0], 2),
+        **({} if device.is_host else {"gpu": device.label}),
     }
 
 
@@ -348,4 +359,6 @@ def machine_text(rows: Sequence[Row]) -> str:
     threads = ", ".join(sorted({str(row["machine"]["torch_threads"]) for row in rows}))
     cpus = ", ".join(sorted({row["machine"]["cpu"] for row in rows}))
     minutes = sum(row["seconds"] for row in rows) / 60
-    return f"{len(rows)} rows, {minutes:.0f} minutes with {threads} torch threads on {cpus}."
+    gpus = sorted({row["machine"]["gpu"] for row in rows if "gpu" in row["machine"]})
+    walked = f", the walk of some on {', '.join(gpus)}" if gpus else ""
+    return f"{len(rows)} rows, {minutes:.0f} minutes with {threads} torch threads on {cpus}{walked}."

@@ -88,13 +88,13 @@ def make(options: Options, ledger: Ledger) -> str:
         place = "+".join(part.file.replace("/", "-") for part in corpora)
         if place not in benches:
             expert = options.expert(variant.expert)
-            benches[place] = Bench.of(SMOLLM2, expert, options.data, options.scratch / place)
+            benches[place] = Bench.of(SMOLLM2, expert, options, options.scratch / place)
         bench = benches[place]
         key = bench.key("neurons", RATIO, variant.rule, variant.relevant)
         store = options.scratch / place / "neurons"
         jobs.append(Job(key, {"variant": variant.name}, partial(variant_row, bench, variant, store)))
     first = next(iter(benches.values()))
-    ledger.finish(TABLE, jobs, first.description, fresh=options.fresh)
+    ledger.finish(TABLE, jobs, first.description, fresh=options.fresh, device=options.device)
     return to_markdown(ledger.tables[TABLE], ledger.content["command"])
 
 

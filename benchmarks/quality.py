@@ -105,7 +105,7 @@ def make(options: Options, ledger: Ledger) -> str:
 
 def fill_table(name: str, model: BenchModel, expert: BenchExpert, options: Options, ledger: Ledger) -> None:
     """Make the missing rows of one model and expert."""
-    bench = Bench.of(model, options.expert(expert), options.data, options.scratch / name)
+    bench = Bench.of(model, options.expert(expert), options, options.scratch / name)
     jobs = []
     for ratio in (0.25,) if options.smoke else RATIOS:
         for variant in (*VARIANTS, *VARIANTS_AT.get((name, ratio), ())):
@@ -113,7 +113,7 @@ def fill_table(name: str, model: BenchModel, expert: BenchExpert, options: Optio
             inputs = (ratio, UNITS, variant.rule, variant.compensated, *(PARITY_QUANTS if exported else ()))
             label = {"ratio": ratio, "rule": variant.rule, "compensated": variant.compensated}
             jobs.append(Job(bench.key(*inputs), label, partial(variant_row, bench, ratio, variant, exported)))
-    ledger.finish(name, jobs, partial(described, bench), fresh=options.fresh)
+    ledger.finish(name, jobs, partial(described, bench), fresh=options.fresh, device=options.device)
 
 
 def described(bench: Bench) -> Row:

@@ -87,7 +87,7 @@ def make(options: Options, ledger: Ledger) -> str:
 def fill_weights(options: Options, ledger: Ledger) -> None:
     """Make the rows of the language weights."""
     expert = options.expert(ENGLISH_MATHS)
-    bench = Bench.of(SMOLLM2, expert, options.data, options.scratch / "weights")
+    bench = Bench.of(SMOLLM2, expert, options, options.scratch / "weights")
     jobs = [
         Job(
             bench.key(RATIO, UNITS, DEFAULT_RULE, {"language": weight}),
@@ -96,7 +96,7 @@ def fill_weights(options: Options, ledger: Ledger) -> None:
         )
         for weight in (LANGUAGE_WEIGHTS[:1] if options.smoke else LANGUAGE_WEIGHTS)
     ]
-    ledger.finish("weights", jobs, bench.description, fresh=options.fresh)
+    ledger.finish("weights", jobs, bench.description, fresh=options.fresh, device=options.device)
 
 
 def fill_documents(options: Options, ledger: Ledger) -> None:
@@ -107,11 +107,11 @@ def fill_documents(options: Options, ledger: Ledger) -> None:
         expert = options.expert(maths_alone(documents.real))
         made = min(documents.made, 2) if options.smoke else documents.made
         place = options.scratch / f"documents-{documents.real}-{documents.made}"
-        bench = Bench.of(SMOLLM2, expert, options.data, place)
+        bench = Bench.of(SMOLLM2, expert, options, place)
         benches.append(bench)
         key = bench.key(RATIO, UNITS, DEFAULT_RULE, [made, TEMPERATURE] if made else [], documents.title)
         jobs.append(Job(key, {"documents": documents.title}, partial(documents_row, bench, made)))
-    ledger.finish("documents", jobs, benches[-1].description, fresh=options.fresh)
+    ledger.finish("documents", jobs, benches[-1].description, fresh=options.fresh, device=options.device)
 
 
 def documents_row(bench: Bench, made: int) -> Row:
