@@ -10,16 +10,30 @@ from cusprun.errors import ModelError, UserError
 _GGUF_MAGIC = b"GGUF"
 
 
+def path_text(path: object) -> str:
+    """Return what a user gave for a path as text.
+
+    Raises:
+        UserError: it is no path, or empty, or not UTF-8, which the libraries that read weights and tokenizers
+            cannot take.
+    """
+    text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
+    if not isinstance(text, str) or not text:
+        raise UserError(f"a path must be text or a Path, not {path!r:.60}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"the path {text!a} is not UTF-8 text; rename it") from None
+    return text
+
+
 def expand_home(path: str | os.PathLike[str]) -> Path:
     """Return a path with ``~`` expanded; a home that nobody has stays as it is written, as in a shell.
 
     Raises:
-        UserError: the path is not UTF-8, which the libraries that read weights and tokenizers cannot take.
+        UserError: see ``path_text``.
     """
-    try:
-        os.fspath(path).encode()
-    except UnicodeEncodeError:
-        raise UserError(f"the path {os.fspath(path)!a} is not UTF-8 text; rename it") from None
+    path_text(path)
     try:
         return Path(path).expanduser()
     except RuntimeError:

@@ -14,8 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from cusprun.cache import cached, file_sha256, key_of
-from cusprun.errors import ModelError, UserError
-from cusprun.paths import expand_home, is_gguf
+from cusprun.errors import ModelError
+from cusprun.paths import expand_home, is_gguf, path_text
 from cusprun.progress import SILENT, Progress
 from cusprun.version import __version__
 
@@ -49,7 +49,7 @@ def locate(model: StrPath, progress: Progress = SILENT) -> Located:
     Raises:
         ModelError: there is no such path, package or hub id, or the hub cannot be reached.
     """
-    text = os.fspath(model)
+    text = path_text(model)
     if text.startswith(PACKAGE_PREFIX):
         return Located(_gguf_of_package(text.removeprefix(PACKAGE_PREFIX), progress), text)
     path = expand_home(text)
@@ -98,12 +98,7 @@ def as_paths(paths: StrPath | Sequence[StrPath]) -> list[Path]:
         UserError: something given is no path, or an empty one.
     """
     several = (paths,) if isinstance(paths, str | os.PathLike) or not isinstance(paths, Iterable) else paths
-    found = []
-    for path in several:
-        if not isinstance(path, str | os.PathLike) or not os.fspath(path):
-            raise UserError(f"a path must be text or a Path, not {path!r:.60}")
-        found.append(Path(path))
-    return found
+    return [Path(path_text(path)) for path in several]
 
 
 def _gguf_of_package(name: str, progress: Progress) -> Path:

@@ -48,6 +48,8 @@ class Format:
 
     def options(self, given: Mapping[str, Any]) -> Any:
         """Return the format's options; raises ``ExportError`` for one that it does not have."""
+        if not isinstance(given, Mapping):
+            raise ExportError(f"options must be a mapping of names to values, not {given!r:.60}")
         for name in given:
             self._require_option(name)
         return self._named("Options")(**given)

@@ -67,7 +67,7 @@ def export(
     chosen = format_of(to)
     quant = quant or chosen.default_quant
     require_known(quant, chosen.quants, f"{to} precision", ExportError)
-    asked = chosen.options(options or {})
+    asked = chosen.options({} if options is None else options)
     if verify:
         RUNTIMES[to].require()
     source = resolve(folder, progress).path

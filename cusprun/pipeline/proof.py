@@ -110,11 +110,13 @@ def prove(
 
     All are compared before the first failure is raised; with ``reject`` those that fail are renamed.
     """
+    from cusprun.checkpoint.index import open_checkpoint
     from exporters.parity import verify_artifact
     from exporters.parity_records import limits_for
     from exporters.registry import format_of
     from serve.runtimes.torch_runtime import TorchRuntime
 
+    open_checkpoint(folder)  # says what is wrong with a folder better than stock code
     kinds = [kind_of(artifact) for artifact in artifacts]
     for name, _ in kinds:
         RUNTIMES[name].require()

@@ -208,6 +208,27 @@ def test_what_is_no_path_is_refused(folder: Path, given: Any) -> None:
         cusprun.verify(folder, given)
 
 
+@pytest.mark.parametrize("given", [None, 5, "", b"x"])
+def test_a_model_or_output_that_is_no_path_is_refused(folder: Path, tmp_path: Path, given: Any) -> None:
+    with pytest.raises(UserError, match="a path must be text or a Path"):
+        cusprun.export(given, tmp_path / "m.gguf")
+    with pytest.raises(UserError, match="a path must be text or a Path"):
+        cusprun.export(folder, given)
+
+
+@pytest.mark.parametrize("given", [5, "threads=1", [("threads", 1)]])
+def test_options_that_are_no_mapping_are_refused(folder: Path, tmp_path: Path, given: Any) -> None:
+    with pytest.raises(ExportError, match="options must be a mapping of names to values"):
+        cusprun.export(folder, tmp_path / "m.gguf", options=given)
+
+
+def test_verify_says_what_is_wrong_with_the_folder(folder: Path, tmp_path: Path) -> None:
+    out = gguf_export.export(folder, tmp_path / "m.gguf", quant="f16")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match=r"empty has no config\.json"):
+        cusprun.verify(tmp_path / "empty", out)
+
+
 @pytest.mark.parametrize("given", [[], ()])
 def test_nothing_to_verify_is_refused(folder: Path, given: Any) -> None:
     with pytest.raises(UserError, match="name at least one"):
