@@ -119,6 +119,8 @@ def run(recipe: StrPath | Recipe, *, device: str | None = None, progress: Progre
             RUNTIMES[spec.to].require()
     out = _OutFolder(_made(Path(chosen.out)))
     before = open_model(chosen.model, progress, where)
+    for spec in chosen.exports:
+        _refuse_export(before, spec)
     corpora = corpora_of(before, expert, progress)
     folder = _prune(chosen, expert, before, corpora, out, progress)
     after = open_model(folder, progress, where)
@@ -176,6 +178,14 @@ def _prune(
     return out.model_or_artifact(
         _AFTER, key, lambda path: prune_opened(before, expert, corpora, path, recipe.wishes, progress)
     )
+
+
+def _refuse_export(model: OpenModel, spec: ExportSpec) -> None:
+    """Raise, before any work, when the original could not be exported; its expert has the same features."""
+    from exporters.registry import format_of
+
+    chosen = format_of(spec.to)
+    chosen.check(model.index, spec.quant, chosen.options(dict(spec.options)))
 
 
 def _export(
