@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cusprun.checkpoint.output import refuse_existing
 from cusprun.errors import ModelError, OutputError
-from cusprun.paths import expand_home
+from cusprun.paths import expand_home, path_text
 from cusprun.progress import SILENT, Progress
 
 _PARTIAL = re.compile(r"\.(?P<name>.+)\.partial-(?P<pid>\d+)(-\w+)?")  # -f16: what is quantised from
@@ -83,7 +83,7 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
 
 def fresh_output(out: str | os.PathLike[str]) -> Path:
     """Return an output path, clean of a killed run's leftovers; raises ``OutputError`` when it exists."""
-    target = expand_home(out)
+    target = expand_home(path_text(out))
     refuse_existing(target)
     remove_leftovers(target.absolute().parent, target.name)
     return target

@@ -17,8 +17,15 @@ def path_text(path: object) -> str:
         UserError: it is no path, or empty, or not UTF-8, which the libraries that read weights and tokenizers
             cannot take.
     """
+    text = _checked_text(path)
+    if not text:
+        raise UserError("a path must be text or a Path, not ''")
+    return text
+
+
+def _checked_text(path: object) -> str:
     text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
-    if not isinstance(text, str) or not text:
+    if not isinstance(text, str):
         raise UserError(f"a path must be text or a Path, not {path!r:.60}")
     try:
         text.encode()
@@ -31,9 +38,9 @@ def expand_home(path: str | os.PathLike[str]) -> Path:
     """Return a path with ``~`` expanded; a home that nobody has stays as it is written, as in a shell.
 
     Raises:
-        UserError: see ``path_text``.
+        UserError: it is no path, or not UTF-8.
     """
-    path_text(path)
+    _checked_text(path)
     try:
         return Path(path).expanduser()
     except RuntimeError:
