@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,18 @@ from numpy.typing import NDArray
 
 from cusprun.errors import MissingDependencyError, ModelError, reason_of
 from cusprun.records import Message
-from serve.runtimes.onnx_plain import INSTALL, read_json, read_settings
+from serve.runtimes.onnx_folder import read_json, read_settings
+from serve.runtimes.onnx_plain import INSTALL
 from serve.runtimes.protocol import SpecialIds
+
+GREEDY: Mapping[str, bool | float] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+}
+"""Search options; what the generation config asks for, such as a penalty, has no place in a greedy answer."""
 
 
 def require() -> None:
@@ -133,15 +143,7 @@ class OnnxGenaiRuntime:
         if out_of_range:
             raise ModelError(f"{self._path} has no token {out_of_range[0]}, which its own tokenizer may give")
         params = self._library.GeneratorParams(self._model)
-        # what the generation config asks for, such as a penalty, has no place in a greedy continuation
-        params.set_search_options(
-            do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            min_length=0,
-            max_length=min(max_length, self.max_tokens),
-        )
+        params.set_search_options(**GREEDY, max_length=min(max_length, self.max_tokens))
         generator = self._library.Generator(self._model, params)
         generator.append_tokens(np.array([token_ids], dtype=np.int32))
         return generator
