@@ -1,7 +1,7 @@
 """onnxruntime-genai through its C interface, whose calls let other Python threads run.
 
-The library's Python module holds the interpreter lock while it reads a prompt or makes a token, during which
-the server could neither send a token nor see that a client has left. ``ctypes`` gives the lock up for each call.
+The library's Python module holds the interpreter lock while it reads a prompt or makes a token, and meanwhile
+the server could neither send a token nor see that a client has left. ``ctypes`` gives the lock up.
 """
 
 from __future__ import annotations

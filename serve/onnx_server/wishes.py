@@ -1,0 +1,138 @@
+"""What a request wishes of the generation, and the refusal of what onnxruntime-genai cannot do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cusprun.errors import nearest
+from serve.api.errors import ApiError
+from serve.api.requests import CHAT, MAX_SEED, Request
+from serve.runtimes.onnx_genai import GREEDY
+
+COMPLETION_TOKENS = 16
+"""OpenAI's own limit for completions that state none; chats have none."""
+
+MIN_TEMPERATURE = 1e-6
+"""Below, the likeliest token is taken: logits in float32 divided by less would overflow."""
+
+_RANDOM_SEED = MAX_SEED  # as int32 this is -1, at which onnxruntime-genai draws a seed
+_TAKEN = frozenset(
+    {
+        "model",
+        "messages",
+        "prompt",
+        "stream",
+        "stream_options",
+        "max_tokens",
+        "max_completion_tokens",
+        "temperature",
+        "top_p",
+        "top_k",
+        "seed",
+        "stop",
+        "repetition_penalty",
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+    }
+)
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "logit_bias": ({},),
+    "frequency_penalty": (0, 0.0),
+    "presence_penalty": (0, 0.0),
+    "min_p": (0, 0.0),
+    "min_tokens": (0,),
+    "ignore_eos": (False,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+}
+"""Fields that are not supported, and the values with which they ask for nothing."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """How to generate: search options of onnxruntime-genai, stop texts, the most tokens (None: no limit)."""
+
+    search: Mapping[str, bool | float]
+    stops: tuple[str, ...]
+    max_new_tokens: int | None
+
+
+def read_wish(request: Request, vocab_size: int) -> Wish:
+    """Return what a request wishes.
+
+    Raises:
+        ApiError: 400 for a field that is unknown, not supported, or out of its range.
+    """
+    for name, value in request.fields.items():
+        if name in _NEUTRAL:
+            if not any(type(value) is type(neutral) and value == neutral for neutral in _NEUTRAL[name]):
+                raise ApiError(400, f"{name} is not supported by the ONNX engine; leave it out", param=name)
+        elif name not in _TAKEN:
+            near = nearest(name, _TAKEN)
+            raise ApiError(
+                400, f"there is no field {name[:100]!r} in the ONNX engine{near}", param=name[:100]
+            )
+    limit = request.max_new_tokens
+    if limit is None and request.route != CHAT:
+        limit = COMPLETION_TOKENS
+    return Wish(_search(request.fields, vocab_size), request.stops, limit)
+
+
+def _search(fields: Mapping[str, Any], vocab_size: int) -> Mapping[str, bool | float]:
+    """Return the search options; what is not asked for is as in OpenAI's interface, not the folder's."""
+    penalty = {"repetition_penalty": _positive(fields, "repetition_penalty", 1.0)}
+    top_k = _top_k(fields, vocab_size)
+    temperature = float(fields.get("temperature", 1.0))
+    if temperature < MIN_TEMPERATURE:
+        return {**GREEDY, **penalty}
+    sampling: dict[str, bool | float] = {
+        "do_sample": True,
+        "temperature": temperature,
+        "top_p": float(fields.get("top_p", 1.0)),
+        "top_k": top_k,
+        "random_seed": _seed(fields),
+    }
+    return {**GREEDY, **sampling, **penalty}
+
+
+def _seed(fields: Mapping[str, Any]) -> int:
+    """Return the seed as the int32 that the library takes; -1 lets it draw one."""
+    if "seed" not in fields:
+        return -1
+    seed = int(fields["seed"])
+    if seed == _RANDOM_SEED:
+        raise ApiError(400, f"seed must be below {_RANDOM_SEED} for the ONNX engine", param="seed")
+    return seed if seed < 2**31 else seed - 2**32
+
+
+def _top_k(fields: Mapping[str, Any], vocab_size: int) -> int:
+    """Return how many of the likeliest tokens are drawn from; 0: all."""
+    value = fields.get("top_k", 0)
+    if not isinstance(value, int) or isinstance(value, bool) or value < -1:
+        raise ApiError(400, "top_k must be a whole number; 0 and -1 take all tokens", param="top_k")
+    return 0 if value == -1 or value >= vocab_size else value
+
+
+def _positive(fields: Mapping[str, Any], name: str, default: float) -> float:
+    value = fields.get(name, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ApiError(400, f"{name} must be a number above 0", param=name)
+    return float(value)
