@@ -9,16 +9,12 @@ from typing import Any
 
 from cusprun.errors import nearest
 from serve.api.errors import ApiError
-from serve.api.requests import CHAT, MAX_SEED, Request
+from serve.api.requests import Request
 from serve.runtimes.onnx_genai import GREEDY
-
-COMPLETION_TOKENS = 16
-"""OpenAI's own limit for completions that state none; chats have none."""
 
 MIN_TEMPERATURE = 1e-6
 """Below, the likeliest token is taken: logits in float32 divided by less would overflow."""
 
-_RANDOM_SEED = MAX_SEED  # as int32 this is -1, at which onnxruntime-genai draws a seed
 _TAKEN = frozenset(
     {
         "model",
@@ -90,10 +86,7 @@ def read_wish(request: Request, vocab_size: int) -> Wish:
             raise ApiError(
                 400, f"there is no field {name[:100]!r} in the ONNX engine{near}", param=name[:100]
             )
-    limit = request.max_new_tokens
-    if limit is None and request.route != CHAT:
-        limit = COMPLETION_TOKENS
-    return Wish(_search(request.fields, vocab_size), request.stops, limit)
+    return Wish(_search(request.fields, vocab_size), request.stops, request.max_new_tokens)
 
 
 def _search(fields: Mapping[str, Any], vocab_size: int) -> Mapping[str, bool | float]:
@@ -114,13 +107,8 @@ def _search(fields: Mapping[str, Any], vocab_size: int) -> Mapping[str, bool | f
 
 
 def _seed(fields: Mapping[str, Any]) -> int:
-    """Return the seed as the int32 that the library takes; -1 lets it draw one."""
-    if "seed" not in fields:
-        return -1
-    seed = int(fields["seed"])
-    if seed == _RANDOM_SEED:
-        raise ApiError(400, f"seed must be below {_RANDOM_SEED} for the ONNX engine", param="seed")
-    return seed if seed < 2**31 else seed - 2**32
+    """Return the seed in the 31 bits that the library takes: seeds 2^31 apart are the same; -1 draws one."""
+    return int(fields["seed"]) % 2**31 if "seed" in fields else -1
 
 
 def _top_k(fields: Mapping[str, Any], vocab_size: int) -> int:

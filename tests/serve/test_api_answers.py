@@ -92,7 +92,9 @@ def test_stream_of_a_completion() -> None:
 
 def test_answers_have_ids_of_their_own() -> None:
     chat = read(CHAT, b'{"messages": [{"role": "user", "content": "x"}]}')
-    completion = read(COMPLETIONS, b'{"prompt": "x", "stream": true, "stream_options": {"include_usage": true}}')
+    completion = read(
+        COMPLETIONS, b'{"prompt": "x", "stream": true, "stream_options": {"include_usage": true}}'
+    )
     first, second = answer_to(chat, "m"), answer_to(chat, "m")
     assert first.identity != second.identity
     assert first.identity.startswith("chatcmpl-")

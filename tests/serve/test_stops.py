@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,7 +24,7 @@ def cut(text: str, stops: list[str]) -> str | None:
 
 def pieces(text: str, cuts: list[int]) -> list[str]:
     places = [0, *sorted(place % (len(text) + 1) for place in cuts), len(text)]
-    return [text[a:b] for a, b in zip(places, places[1:], strict=False)]
+    return [text[a:b] for a, b in pairwise(places)]
 
 
 @given(text=TEXTS, stops=STOPS, cuts=st.lists(st.integers(0, 99), max_size=8))
