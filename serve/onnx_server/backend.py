@@ -45,18 +45,17 @@ class OnnxBackend:
 
     async def metrics(self) -> str:
         """Return tokens and jobs in Prometheus' text format."""
+        counts, jobs = self._counts, self._scheduler
         rows = (
-            ("prompt_tokens_total", "counter", "Tokens of prompts that were read.", "num_prompt_tokens"),
-            ("generated_tokens_total", "counter", "Tokens that were generated.", "num_generated_tokens"),
-            ("prompts_running", "gauge", "Prompts that are being answered.", "num_running"),
-            ("prompts_waiting", "gauge", "Prompts that wait for one of those to end.", "num_waiting"),
+            ("prompt_tokens_total", "counter", "Tokens of prompts that were read.", counts.num_prompt_tokens),
+            ("generated_tokens_total", "counter", "Tokens generated.", counts.num_generated_tokens),
+            ("prompts_running", "gauge", "Prompts that are being answered.", jobs.num_running),
+            ("prompts_waiting", "gauge", "Prompts that wait for one of those to end.", jobs.num_waiting),
         )
-        lines = []
-        for name, kind, text, attribute in rows:
-            holder = self._counts if hasattr(self._counts, attribute) else self._scheduler
-            lines += [f"# HELP cusprun_{name} {text}", f"# TYPE cusprun_{name} {kind}"]
-            lines += [f"cusprun_{name} {getattr(holder, attribute)}"]
-        return "\n".join(lines) + "\n"
+        return "".join(
+            f"# HELP cusprun_{name} {text}\n# TYPE cusprun_{name} {kind}\ncusprun_{name} {value}\n"
+            for name, kind, text, value in rows
+        )
 
     def failure(self) -> str | None:
         """Return why the thread that generates has ended; None while it lives."""
