@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cusprun.errors import MissingDependencyError, ModelError
+from cusprun.errors import MissingDependencyError, ModelError, reason_of
 from serve.runtimes.onnx_genai import require
 from serve.runtimes.onnx_plain import INSTALL
 
@@ -101,9 +101,8 @@ class GenaiModel:
                 self.library.call("OgaConfigOverlay", config, overlay)
             self.handle = self.library.create("Model", config, by="OgaCreateModelFromConfig")
         except GenaiError as error:
-            reason = str(error).splitlines()[0]
             raise ModelError(
-                f"{path} cannot be loaded by onnxruntime-genai ({reason}); export it again"
+                f"{path} cannot be loaded by onnxruntime-genai ({reason_of(error)}); export it again"
             ) from None
         finally:
             if config:
