@@ -78,6 +78,12 @@ def _problems(rows: Iterable[Row]) -> Iterator[str]:
         yield f"Question: {row['question']}\nAnswer: {row['answer']}"
 
 
+def _questions(rows: Iterable[Row]) -> Iterator[str]:
+    """Yield problems up to where the answer begins."""
+    for row in rows:
+        yield f"Question: {row['question']}\nAnswer:"
+
+
 def _paragraphs(rows: Iterable[Row]) -> Iterator[str]:
     for row in rows:
         yield str(row["context"])
@@ -94,6 +100,7 @@ def _passages(rows: Iterable[Row]) -> Iterator[str]:
 
 FORMS: Mapping[str, Callable[[Iterable[Row]], Iterator[str]]] = {
     "problem": _problems,
+    "question": _questions,
     "paragraph": _paragraphs,
     "passage": _passages,
 }

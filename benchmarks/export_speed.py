@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from measuring import Row
+from processes import anonymous_bytes
 
 from cusprun.checkpoint.files import copy_carried_files, write_config
 from cusprun.checkpoint.writer import CheckpointWriter, Declared
@@ -60,21 +61,13 @@ def spend(command: list[str], environment: dict[str, str] | None = None) -> Spen
     )
     peak = 0
     while process.poll() is None:
-        peak = max(peak, _anonymous_bytes(process.pid))
+        peak = max(peak, anonymous_bytes(process.pid))
         time.sleep(_POLL_S)
     seconds = time.monotonic() - started
     if process.returncode:
         assert process.stderr is not None
         raise subprocess.CalledProcessError(process.returncode, command, stderr=process.stderr.read())
     return Spent(seconds, peak)
-
-
-def _anonymous_bytes(pid: int) -> int:
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return 0
-    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
 
 
 def random_model(folder: Path, tokenizer: Path) -> Path:
