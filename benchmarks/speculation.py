@@ -1,10 +1,10 @@
 """What a draft model is expected to save.
 
-In each pass the draft guesses ``num_drafted`` tokens (k), the model checks them all at once, keeps those before
-the first that it would not have said, and adds one of its own. ``acceptance`` (a) is the probability that a
-guess is right when those before it were, and taken to be the same for each. ``cost_ratio`` (c) is the draft's
-time for a token over the model's. Checking k + 1 tokens is taken to cost what one costs, which holds where
-reading the weights takes most of the time. (Leviathan, Kalman and Matias 2023, arXiv:2211.17192.)
+In each pass the draft guesses ``num_drafted`` tokens (k), the model checks them all at once, keeps those
+before the first that it would not have said, and adds one of its own. ``acceptance`` (a) is the probability
+that a guess is right when those before it were, and taken to be the same for each. ``cost_ratio`` (c) is the
+draft's time for a token over the model's. Checking k + 1 tokens is taken to cost what one costs, which holds
+where reading the weights takes most of the time. (Leviathan, Kalman and Matias 2023, arXiv:2211.17192.)
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ def tokens_per_pass(acceptance: float, num_drafted: float) -> float:
 
 
 def speed_up(acceptance: float, num_drafted: float, cost_ratio: float) -> float:
-    """Return the time without the draft over that with it: (1 - a^(k+1)) / ((1 - a)(k c + 1)), theorem 3.8."""
+    """Return the time without the draft over that with it, theorem 3.8.
+
+    (1 - a^(k+1)) / ((1 - a)(k c + 1)).
+    """
     return tokens_per_pass(acceptance, num_drafted) / (num_drafted * cost_ratio + 1)
 
 
