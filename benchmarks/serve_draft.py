@@ -13,7 +13,7 @@ from measuring import UNITS, Bench, Job, Ledger, Options, Row
 from quality import DEFAULT, planned
 from serve_client import Answer, ask
 from serve_target import Subject, engine_versions, export, median, num_threads, serving, spread
-from speculation import acceptance_of, break_even, speed_up
+from speculation import acceptance_of, break_even, num_passes, speed_up
 
 from cusprun.errors import MeasurementError
 
@@ -61,7 +61,7 @@ def fill(_subject: Subject, options: Options, ledger: Ledger) -> None:
     jobs = [
         Job(
             bench.key(TABLE, kind, prompts, RATIO, QUANT, repr(size), num_threads()),
-            {"prompts": kind},
+            {"kind": kind},
             partial(_row, files, prompts, size),
         )
         for kind, prompts in prompts_of(options.data, size).items()
@@ -139,8 +139,7 @@ def drafting(answers: Mapping[str, Sequence[Answer]]) -> Row:
     guesses, kept = drafted["draft_n"], drafted["draft_n_accepted"]
     token_ms = {side: total["predicted_ms"] / total["predicted_n"] for side, total in totals.items()}
     cost_ratio = token_ms[_EXPERT] / token_ms[_ALONE]
-    # Reading the prompt gives the first token; every pass after it, one besides the guesses that are kept.
-    passes = drafted["predicted_n"] - len(answers[_DRAFTED]) - kept
+    passes = num_passes(drafted["predicted_n"], len(answers[_DRAFTED]), kept)
     row: Row = {"guesses": guesses, "guesses_kept": kept, "passes": passes, "cost_ratio": cost_ratio}
     if not guesses or passes < 1:
         return row
@@ -176,7 +175,7 @@ def to_markdown(table: Row) -> str:
     for row in rows:
         faster = row["speed_up"]
         lines.append(
-            f"| {row['prompts']} | {row['alone_tokens_per_second']:.1f} "
+            f"| {row['kind']} | {row['alone_tokens_per_second']:.1f} "
             f"| {row['drafted_tokens_per_second']:.1f} "
             f"| {faster['median']:.2f} ({faster['low']:.2f} to {faster['high']:.2f}) "
             f"| {row['guesses_kept']} of {row['guesses']} | {_number(row, 'acceptance')} "
@@ -184,7 +183,7 @@ def to_markdown(table: Row) -> str:
             f"| {_number(row, 'expected_speed_up')} | {_number(row, 'break_even_acceptance')} "
             f"| {row['equal_texts']} of {row['texts']} |"
         )
-    lines += ["", *(f"On {row['prompts']} the draft {_pays(row)}." for row in rows), ""]
+    lines += ["", *(f"On {row['kind']} the draft {_pays(row)}." for row in rows), ""]
     lines += [
         f"{rows[0]['texts']} prompts of each kind, up to {rows[0]['new_tokens']} tokens, temperature 0, one "
         f"client, {rows[0]['threads']} threads; whole requests, the reading of the prompt included."

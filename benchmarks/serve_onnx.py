@@ -73,26 +73,40 @@ def fill(subject: Subject, options: Options, ledger: Ledger) -> None:
 
 
 def _row(subject: Subject, size: Size) -> Row:
-    prompts = first_prompts(subject.onnx, size)
-    return {**compare(subject.onnx, prompts, size), "engines": engine_versions()}
+    return {**compare(subject.onnx, size), "engines": engine_versions()}
 
 
-def first_prompts(folder: Path, size: Size) -> list[list[int]]:
-    """Return the first tokens of shipped texts that are long enough."""
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    found = (tokenizer.encode(str(row.fields["text"])).ids for row in read_pack("general/en"))
-    return [ids[: size.prompt_tokens] for ids in found if len(ids) >= size.prompt_tokens][: size.prompts]
+def long_prompts(direct: Direct, tokenizer: Tokenizer, size: Size) -> list[list[int]]:
+    """Return the first tokens of shipped texts which the model goes on from to the limit.
+
+    Raises:
+        MeasurementError: there are too few of them.
+    """
+    found: list[list[int]] = []
+    for row in read_pack("general/en"):
+        ids = tokenizer.encode(str(row.fields["text"])).ids[: size.prompt_tokens]
+        if len(ids) < size.prompt_tokens:
+            continue
+        if direct.answer(ids, size.new_tokens)[0].num_tokens == size.new_tokens:
+            found.append(ids)
+        if len(found) == size.prompts:
+            return found
+    raise MeasurementError(
+        f"the model goes on for {size.new_tokens} tokens after {len(found)} of the shipped texts, and "
+        f"{size.prompts} are wanted"
+    )
 
 
-def compare(folder: Path, prompts: list[list[int]], size: Size) -> Row:
+def compare(folder: Path, size: Size) -> Row:
     """Ask both sides in turns, each the first in every other pair, and return the pairs' ratios.
 
     Raises:
-        MeasurementError: the sides make different texts, so that they did not do the same work.
+        MeasurementError: the sides make different texts, so did not do the same work, or all are short.
     """
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     pairs: list[tuple[Answer, Answer]] = []
     with direct_loop(folder) as direct, serving(folder, "--engine", "onnx", "--parallel", "1") as served:
+        prompts = long_prompts(direct, tokenizer, size)
         for number in range(-1, size.pairs):  # the first warms both up and does not count
             prompt = prompts[number % len(prompts)]
             if number % 2:
@@ -107,7 +121,7 @@ def compare(folder: Path, prompts: list[list[int]], size: Size) -> Row:
     return {
         "threads": num_threads(),
         "prompt_tokens": size.prompt_tokens,
-        "new_tokens": median([ours.num_tokens for ours, _ in pairs]),
+        "new_tokens": size.new_tokens,
         "served_tokens_per_second": median([ours.decode_tokens_per_second for ours, _ in pairs]),
         "direct_tokens_per_second": median([theirs.decode_tokens_per_second for _, theirs in pairs]),
         "rate_ratio": spread(
@@ -154,6 +168,6 @@ def to_markdown(table: Row) -> str:
         f"| {extra['median']:+.1f} ({extra['low']:+.1f} to {extra['high']:+.1f}) "
         f"| at most {FIRST_TARGET_MS:g} more: {verdict(extra['median'] <= FIRST_TARGET_MS)} |\n\n"
         f"{len(rate['values'])} pairs of the same prompt of {row['prompt_tokens']} tokens with "
-        f"{row['new_tokens']:.0f} new ones, in turns, int4, {row['threads']} threads each. The loop, "
+        f"{row['new_tokens']} new ones, in turns, int4, {row['threads']} threads each. The loop, "
         "in a process of its own, keeps ids; the server makes text and sends it token by token.\n"
     )

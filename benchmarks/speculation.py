@@ -49,6 +49,14 @@ def break_even(num_drafted: float, cost_ratio: float) -> float | None:
     return _smallest(lambda acceptance: speed_up(acceptance, num_drafted, cost_ratio) >= 1)
 
 
+def num_passes(num_tokens: int, num_answers: int, num_kept: int) -> int:
+    """Return the passes of the model that made ``num_tokens`` of all answers, kept guesses among them.
+
+    Reading a prompt gives an answer's first token; every pass after it, one besides the guesses it keeps.
+    """
+    return num_tokens - num_answers - num_kept
+
+
 def _smallest(holds: Callable[[float], bool]) -> float:
     """Return the smallest number from 0 to 1 at which a condition holds that goes on holding above it."""
     low, high = 0.0, 1.0

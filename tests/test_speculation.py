@@ -12,6 +12,7 @@ from benchmarks.speculation import (
     acceptance_of,
     accepted_share,
     break_even,
+    num_passes,
     speed_up,
     tokens_per_pass,
 )
@@ -42,6 +43,22 @@ def test_formulas_agree_with_a_simulation(acceptance: float, num_drafted: int, c
     assert tokens_per_pass(acceptance, num_drafted) == pytest.approx(tokens, abs=0.08)
     assert speed_up(acceptance, num_drafted, cost_ratio) == pytest.approx(faster, abs=0.08)
     assert accepted_share(acceptance, num_drafted) == pytest.approx(share, abs=0.02)
+
+
+@pytest.mark.parametrize(("acceptance", "num_drafted"), [(0.3, 2), (0.7, 4), (0.9, 8)])
+def test_acceptance_is_found_from_what_a_server_counts(acceptance: float, num_drafted: int) -> None:
+    generator = random.Random(20_252)
+    num_answers, passes, tokens, guesses, kept = 50, 0, 0, 0, 0
+    for _ in range(num_answers):
+        tokens += 1  # from reading the prompt
+        for _ in range(generator.randint(300, 500)):
+            right = 0
+            while right < num_drafted and generator.random() < acceptance:
+                right += 1
+            passes, guesses, kept = passes + 1, guesses + num_drafted, kept + right
+            tokens += right + 1
+    assert num_passes(tokens, num_answers, kept) == passes
+    assert acceptance_of(kept / guesses, guesses / passes) == pytest.approx(acceptance, abs=0.01)
 
 
 @given(st.floats(0.0, 0.999), DRAFTED)
