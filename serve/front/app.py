@@ -13,12 +13,13 @@ from fastapi import APIRouter, Depends, FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from serve.api.errors import ApiError
 from serve.api.events import MEDIA_TYPE
 from serve.api.requests import CHAT, COMPLETIONS, read
 from serve.front.backend import Backend, Stream
-from serve.front.counters import Counters
+from serve.front.counters import LEFT, Counters, Seen
 from serve.front.settings import FrontSettings
 
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -105,7 +106,7 @@ class Front:
                 seen.done(200)
                 return Response(answer.body, media_type="application/json")
             seen.go_on()
-        return StreamingResponse(seen.through(answer.events), media_type=MEDIA_TYPE)
+        return _Streamed(answer, seen)
 
     async def models(self) -> dict[str, Any]:
         """List the one model that is served."""
@@ -145,6 +146,22 @@ class Front:
             return await asyncio.wait_for(_read_body(http, limit), patience_s)
         except asyncio.TimeoutError:
             raise ApiError(408, f"the body did not arrive within {patience_s:g} s") from None
+
+
+class _Streamed(StreamingResponse):
+    """A stream whose end is counted and whose work ends, also when the client leaves before it begins."""
+
+    def __init__(self, answer: Stream, seen: Seen) -> None:
+        super().__init__(seen.through(answer.events), media_type=MEDIA_TYPE)
+        self._answer = answer
+        self._seen = seen
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._seen.done(LEFT)
+            self._answer.close()
 
 
 async def _read_body(http: HttpRequest, limit: int) -> bytes:

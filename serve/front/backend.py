@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,9 +18,14 @@ class Whole:
 
 @dataclass(frozen=True)
 class Stream:
-    """An answer as server-sent events, the closing ``data: [DONE]`` with them."""
+    """An answer as server-sent events, the closing ``data: [DONE]`` with them.
+
+    ``close`` is called once nobody reads any more, also when nobody ever began to: an iterator that was never
+    begun does not get to its own end.
+    """
 
     events: AsyncIterator[bytes]
+    close: Callable[[], None] = lambda: None
 
 
 class Backend(Protocol):

@@ -81,7 +81,7 @@ class Proxy:
                 raise from_engine(answer.status, _plain(await answer.content.read(_REASON_BYTES)))
             if request.is_stream:
                 chunks = self._chunks(answer)
-                return Stream(mender.stream(chunks) if mender else chunks)
+                return Stream(mender.stream(chunks) if mender else chunks, answer.close)
             whole = await answer.read()
         except BaseException:
             answer.close()

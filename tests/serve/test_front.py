@@ -101,8 +101,9 @@ class Never:
 class Client:
     """One request to an application: ``send`` gives it what a connection gives, answers are kept."""
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: Any, receive: Any = None) -> None:
         self._app = app
+        self._receive = receive or self._keep
         self._incoming: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self.status: int | None = None
         self.body = b""
@@ -117,12 +118,12 @@ class Client:
             "headers": [(k.encode(), v.encode()) for k, v in {"host": "localhost", **headers}.items()],
         }  # fmt: skip
 
-        async def receive(message: dict[str, Any]) -> None:
-            if message["type"] == "http.response.start":
-                self.status = message["status"]
-            self.body += message.get("body", b"")
+        await self._app(scope, self._incoming.get, self._receive)
 
-        await self._app(scope, self._incoming.get, receive)
+    async def _keep(self, message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        self.body += message.get("body", b"")
 
 
 def front_of(**settings: Any) -> tuple[Never, Front, Any]:
@@ -170,6 +171,32 @@ def test_requests_over_the_limit_are_refused_and_those_that_leave_are_cancelled(
         assert front.num_under_way == 0
 
     asyncio.run(run())
+
+
+def test_stream_that_nobody_begins_to_read_ends() -> None:
+    """The client is gone when the first byte is written: the iterator of the answer is never begun."""
+    closed: list[bool] = []
+
+    class Streams(Never):
+        async def answer(self, request: Request) -> Stream:
+            async def events() -> AsyncIterator[bytes]:
+                yield b"data: {}\n\n"
+
+            return Stream(events(), lambda: closed.append(True))
+
+    async def gone(_message: dict[str, Any]) -> None:
+        raise OSError
+
+    async def run() -> int:
+        front = Front(Streams(), FrontSettings("m"))
+        client = Client(build_app(front), gone)
+        client.send(type="http.request", body=b'{"prompt": "a", "stream": true}', more_body=False)
+        with suppress(BaseException):
+            await client.post()
+        return front.num_under_way
+
+    assert asyncio.run(run()) == 0
+    assert closed
 
 
 def test_draining_front_takes_no_request() -> None:
