@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from cusprun.pipeline.proof import verify as verify
     from cusprun.pipeline.run import run as run
     from cusprun.pipeline.serving import serve as serve
+    from cusprun.pipeline.side_by_side import serve_side_by_side as serve_side_by_side
     from cusprun.pipeline.stages import plan as plan
     from cusprun.pipeline.stages import prune as prune
     from cusprun.pipeline.stages import score as score
@@ -60,6 +61,7 @@ _FUNCTIONS = {
     "evaluate": "cusprun.pipeline.evaluation",
     "overlap": "cusprun.pipeline.overlap",
     "serve": "cusprun.pipeline.serving",
+    "serve_side_by_side": "cusprun.pipeline.side_by_side",
     "sweep": "cusprun.pipeline.sweep",
     "run": "cusprun.pipeline.run",
     "doctor": "cusprun.diagnosis",

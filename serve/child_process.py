@@ -12,6 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import psutil
 
 _GUARD = Path(__file__).with_name("child_guard.py")
 _GUARD_GRACE_S = 10.0  # beyond the patience with the command, for a guard on a busy machine
@@ -69,6 +73,15 @@ class ChildProcess:
     def exit_code(self) -> int | None:
         """The exit code (128 + the signal's number after a signal), None while the command runs."""
         return self._guard.poll()
+
+    def processes(self) -> list[psutil.Process]:
+        """Return the command's process and all that it started; the guard is not among them."""
+        import psutil
+
+        try:
+            return psutil.Process(self._guard.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
 
     def log_tail(self, max_bytes: int = _TAIL_BYTES) -> str:
         """Return the end of what the command has written to stdout and stderr."""

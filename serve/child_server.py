@@ -7,6 +7,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from cusprun.errors import ModelError
@@ -14,6 +15,7 @@ from serve.child_process import ChildProcess
 
 _POLL_S = 0.2
 _STOP_S = 15.0
+_GET_S = 30.0
 _REASON_CHARACTERS = 600
 _REASON_LINES = 3
 
@@ -84,6 +86,36 @@ class ChildServer:
         ]
         text = " / ".join(line.strip() for line in (named or lines)[-_REASON_LINES:])
         return f"it says: {text[-_REASON_CHARACTERS:]}" if text else "it says nothing"
+
+    def get(self, route: str, key: str) -> bytes:
+        """Return the body of a GET with a key.
+
+        Raises:
+            ModelError: the server refuses, or does not answer any more.
+        """
+        wanted = urllib.request.Request(f"{self.url}{route}", headers={"Authorization": f"Bearer {key}"})
+        try:
+            with self.opener.open(wanted, timeout=_GET_S) as answer:
+                body: bytes = answer.read()
+        except OSError as error:
+            raise ModelError(
+                f"{self._path}: {self._name} does not answer {route} ({error}); {self.last_words()}"
+            ) from None
+        return body
+
+    def memory_bytes(self) -> int:
+        """Return the memory of the server and all that it started, pages that several share counted once.
+
+        The proportional set size where the system tells it (Linux), else the resident.
+        """
+        import psutil
+
+        total = 0
+        for process in self._process.processes():
+            with suppress(psutil.Error):
+                found = process.memory_full_info()
+                total += getattr(found, "pss", 0) or found.rss
+        return total
 
     def close(self) -> None:
         """End the server and every process that it started."""

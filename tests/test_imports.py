@@ -58,6 +58,7 @@ ARROWS: dict[str, set[str]] = {
     "serve.onnx_server": BASE | {"serve.api", "serve.front.backend", "serve.runtimes"},
     "serve.engines": BASE
     | {"serve.api", "serve.child_server", "serve.front", "serve.onnx_server", "serve.runtimes"},
+    "serve.side_by_side": {"serve.front"},
     "serve.bench": BASE | {"serve.runtimes"},
     "serve": set(),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -22,11 +23,11 @@ def register(app: typer.Typer) -> None:
 
 def serve(
     artifact: Annotated[
-        str,
+        str | None,
         typer.Argument(
             metavar="ARTIFACT", help="GGUF file, ONNX folder or model folder.", show_default=False
         ),
-    ],
+    ] = None,
     engine_options: Annotated[
         list[str] | None,
         typer.Argument(metavar="[-- ENGINE OPTIONS]", help="The engine's own options.", show_default=False),
@@ -39,6 +40,11 @@ def serve(
         str | None,
         typer.Option(help="Artifact whose model drafts for this one: its expert.", show_default=False),
     ] = None,
+    before: Annotated[
+        str | None,
+        typer.Option(help="Serve this beside --after, with a page that asks both.", show_default=False),
+    ] = None,
+    after: Annotated[str | None, typer.Option(help="See --before.", show_default=False)] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 for a free one.")] = 8000,
     api_key: Annotated[
@@ -71,6 +77,7 @@ def serve(
     """Serve an artifact behind OpenAI's interface, on the engine that suits it."""
     from cusprun.pipeline.serving import ServeOptions
     from cusprun.pipeline.serving import serve as run
+    from cusprun.pipeline.side_by_side import serve_side_by_side
 
     if api_key is not None:
         _hide(api_key)
@@ -88,13 +95,22 @@ def serve(
         drain_s=drain,
         show_engine_log=engine_log,
     )
-    run(artifact, options, engine=engine, draft=draft, ready=typer.echo, progress=ConsoleProgress())
+    if before is None and after is None:
+        if artifact is None:
+            raise UserError("nothing to serve was named; give an artifact, or --before and --after")
+        run(artifact, options, engine=engine, draft=draft, ready=typer.echo, progress=ConsoleProgress())
+        return
+    if before is None or after is None or draft is not None or name is not None:
+        raise UserError("--before and --after go together, and without --draft and --name")
+    # With both, there is no artifact before the engine's options.
+    options = replace(options, engine_options=(*filter(None, [artifact]), *options.engine_options))
+    serve_side_by_side(before, after, options, engine=engine, ready=typer.echo, progress=ConsoleProgress())
 
 
 def _keys(given: str | None, file: Path | None) -> tuple[str, ...]:
     """Return the keys; the environment's is taken out of it, so that no engine inherits it."""
-    stated = os.environ.pop(KEY_VARIABLE, None)
-    keys = [key for key in (given, stated) if key is not None]
+    stated = os.environ.pop(KEY_VARIABLE, "")
+    keys = [*([] if given is None else [given]), *stated.splitlines()]
     if file is not None:
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
@@ -126,4 +142,5 @@ def _hide(key: str) -> None:
         return
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execve(sys.executable, [sys.executable, "-m", "cusprun", *kept], {**os.environ, KEY_VARIABLE: key})
+    keys = "\n".join(filter(None, [key, os.environ.get(KEY_VARIABLE)]))
+    os.execve(sys.executable, [sys.executable, "-m", "cusprun", *kept], {**os.environ, KEY_VARIABLE: keys})

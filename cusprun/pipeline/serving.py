@@ -6,10 +6,15 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cusprun.errors import ExportError, ModelError, ServingError, UnsupportedModelError, UserError
 from cusprun.progress import SILENT, Progress
 from cusprun.resolve import StrPath, locate
+
+if TYPE_CHECKING:
+    from serve.front.run import Outcome
+    from serve.front.settings import FrontSettings
 
 log = logging.getLogger(__name__)
 
@@ -85,10 +90,10 @@ def serve(
 
     name = choose(kind, engine)
     drafting = None if draft is None else _draft(path, kind, name, draft, progress)
-    _refuse_open_door(asked)
+    refuse_open_door(asked)
     _refuse_ranks(path, name, asked.engine_options)
-    from serve.front.run import bind, is_loopback, serve_until_signal
-    from serve.front.settings import FrontSettings
+    from serve.front.app import Front, build_app
+    from serve.front.run import bind, serve_until_signal
 
     model = asked.model or (path.stem if path.is_file() else path.resolve().name)
     settings = EngineSettings(
@@ -100,32 +105,45 @@ def serve(
         asked.num_threads,
         asked.engine_options,
         asked.trust_remote_code,
-        echo=_show if asked.show_engine_log else None,
-        waiting=_Waiting(name),
+        echo=show_output if asked.show_engine_log else None,
+        waiting=Waiting(name),
     )
     with bind(asked.host, asked.port) as taken:
         with progress.stage(f"starting {name}", 1) as advance:
             running = ENGINES[name].load().start(settings)
             advance(1)
         try:
-            front = FrontSettings(
-                model, asked.keys, running.context_tokens, is_loopback(asked.host), drain_s=asked.drain_s
-            )
-            port = taken.getsockname()[1]
+            wanted = front_settings(asked, model, running.context_tokens)
+            front = Front(running.backend, wanted)
+            address = address_of(asked.host, taken.getsockname()[1])
             outcome = serve_until_signal(
-                running.backend,
-                front,
+                build_app(front),
+                (front,),
                 taken,
-                lambda: ready(_ready_line(model, running.name, asked.host, port)),
+                asked.drain_s,
+                lambda: ready(f"serving {model} with {running.name} on {address}/v1"),
             )
         finally:
             running.close()
+    raise_unless_served(outcome, str(path), asked)
+
+
+def front_settings(options: ServeOptions, model: str, context_tokens: int | None) -> FrontSettings:
+    """Return how the front of one model behaves."""
+    from serve.front.run import is_loopback
+    from serve.front.settings import FrontSettings
+
+    return FrontSettings(model, options.keys, context_tokens, is_loopback(options.host))
+
+
+def raise_unless_served(outcome: Outcome, what: str, options: ServeOptions) -> None:
+    """Raise ``ServingError`` when serving ended otherwise than asked."""
     if outcome.failure:
-        raise ServingError(f"{path}: {outcome.failure}; start it again, or with --engine-log to see more")
+        raise ServingError(f"{what}: {outcome.failure}; start it again, or with --engine-log to see more")
     if outcome.num_cut_off:
         raise ServingError(
-            f"{outcome.num_cut_off} answers were cut off when the drain of {asked.drain_s:g} s ended; give a "
-            "longer --drain"
+            f"{outcome.num_cut_off} answers were cut off when the drain of {options.drain_s:g} s ended; give "
+            "a longer --drain"
         )
 
 
@@ -147,12 +165,12 @@ def kind_of(path: Path) -> str:
     )
 
 
-def _ready_line(model: str, engine: str, host: str, port: int) -> str:
-    shown = f"[{host}]" if ":" in host else host
-    return f"serving {model} with {engine} on http://{shown}:{port}/v1"
+def address_of(host: str, port: int) -> str:
+    """Return the URL of a host and port."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-class _Waiting:
+class Waiting:
     """Says now and then that an engine is still starting."""
 
     def __init__(self, engine: str) -> None:
@@ -165,14 +183,16 @@ class _Waiting:
             log.info("note: %s is starting, %d s so far", self._engine, self._said)
 
 
-def _show(piece: bytes) -> None:
+def show_output(piece: bytes) -> None:
+    """Pass on what an engine prints."""
     import sys
 
     sys.stderr.buffer.write(piece)
     sys.stderr.buffer.flush()
 
 
-def _refuse_open_door(options: ServeOptions) -> None:
+def refuse_open_door(options: ServeOptions) -> None:
+    """Raise ``UserError`` when other machines could ask without a key and that was not asked for."""
     from serve.front.run import is_loopback
 
     if not is_loopback(options.host) and not options.keys and not options.insecure:

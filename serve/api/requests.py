@@ -199,6 +199,7 @@ FIELDS: Mapping[str, Check] = {
     "seed": _whole(0, MAX_SEED),
     "stop": _stop,
     "echo": _BOOL,
+    "ignore_eos": _BOOL,
     "logit_bias": _of(dict, "an object"),
     "top_logprobs": _whole(0, 20),
     "user": _of(str, "a text"),

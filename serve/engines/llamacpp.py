@@ -85,17 +85,11 @@ def _num_prompts(request: Request) -> int:
 
 def _context_of(server: ChildServer, key: str) -> int:
     """Return the tokens that one slot really has."""
-    import urllib.request
-
-    wanted = urllib.request.Request(f"{server.url}/v1/models", headers={"Authorization": f"Bearer {key}"})
     try:
-        with server.opener.open(wanted, timeout=30) as answer:
-            return int(json.load(answer)["data"][0]["meta"]["n_ctx"])
-    except (OSError, ValueError, KeyError) as error:
+        return int(json.loads(server.get("/v1/models", key))["data"][0]["meta"]["n_ctx"])
+    except (ModelError, ValueError, KeyError) as error:
         server.close()
-        raise ModelError(
-            f"llama.cpp does not say what it serves ({type(error).__name__}); update xllamacpp"
-        ) from None
+        raise ModelError(f"llama.cpp does not say what it serves ({error}); update xllamacpp") from None
 
 
 def parse_options(words: Sequence[str]) -> Mapping[str, Any]:

@@ -14,7 +14,22 @@ from serve.api.requests import CHAT, Request
 from serve.front.stop_mender import StopMender
 
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
-_DROPPED = ("stream_options", "user", "store", "metadata", "service_tier", "max_completion_tokens")
+_SAMPLING = ("top_k", "min_p", "repetition_penalty")
+"""Fields that transformers takes in its generation config alone."""
+
+_NO_TOKEN = 2**31 - 1
+"""A token that no model says; transformers puts its own end in the place of none."""
+
+_DROPPED = (
+    "ignore_eos",
+    *_SAMPLING,
+    "stream_options",
+    "user",
+    "store",
+    "metadata",
+    "service_tier",
+    "max_completion_tokens",
+)
 
 
 def prompt_of(request: Request) -> str | None:
@@ -112,6 +127,9 @@ class TransformersMender(StopMender):
         fields = {name: value for name, value in self._request.fields.items() if name not in _DROPPED}
         temperature = fields.get("temperature")
         sampling = {} if temperature is None else {"do_sample": temperature > 0}
+        sampling |= {name: self._request.fields[name] for name in _SAMPLING if name in self._request.fields}
+        if self._request.fields.get("ignore_eos"):
+            sampling |= {"eos_token_id": _NO_TOKEN, "pad_token_id": self._sampling.get("pad_token_id", 0)}
         return {
             **fields,
             **({} if self._is_chat else {"prompt": prompt_of(self._request)}),

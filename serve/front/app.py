@@ -36,10 +36,15 @@ def build_app(front: Front) -> FastAPI:
     router.add_api_route("/metrics", front.metrics, methods=["GET"])
     app.add_api_route("/health", front.health, methods=["GET"])
     app.include_router(router)
+    add_error_handlers(app)
+    return app
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Give every refusal and failure of an application OpenAI's shape."""
     app.add_exception_handler(ApiError, _refused)
     app.add_exception_handler(HTTPException, _no_route)
     app.add_exception_handler(Exception, _unexpected)
-    return app
 
 
 class Front:
@@ -61,6 +66,10 @@ class Front:
     def failure(self) -> str | None:
         """Return why the engine has ended; None while it lives."""
         return self._backend.failure()
+
+    async def close(self) -> None:
+        """Let go of the backend's connections and unfinished work."""
+        await self._backend.close()
 
     def drain(self) -> None:
         """Refuse new requests from here on."""
@@ -98,7 +107,7 @@ class Front:
             if self._counters.num_under_way > self._settings.max_requests:
                 raise ApiError(429, f"{self._settings.max_requests} requests are under way; try again later")
             body = await self._body(http)
-            request = read(http.url.path, body, default_model=self._settings.model)
+            request = read(http.scope["route"].path, body, default_model=self._settings.model)
             answer = await _while_connected(http, self._backend.answer(request))
             if answer is None:
                 return Response(status_code=499)  # nobody reads it
@@ -110,13 +119,13 @@ class Front:
 
     async def models(self) -> dict[str, Any]:
         """List the one model that is served."""
-        return {"object": "list", "data": [self._model()]}
+        return {"object": "list", "data": [self.description()]}
 
     async def model(self, name: str) -> dict[str, Any]:
         """Describe the model; 404 for another name."""
         if name != self._settings.model:
             raise ApiError(404, f"the model {name[:100]!r} is not served here", code="model_not_found")
-        return self._model()
+        return self.description()
 
     async def metrics(self) -> PlainTextResponse:
         """Return the front's counters and the engine's own metrics."""
@@ -128,7 +137,8 @@ class Front:
         status = "ended" if self.failure() else "draining" if self._is_draining else "ok"
         return JSONResponse({"status": status}, status_code=200 if status == "ok" else 503)
 
-    def _model(self) -> dict[str, Any]:
+    def description(self) -> dict[str, Any]:
+        """Return what is said of the model."""
         return {
             "id": self._settings.model,
             "object": "model",

@@ -7,17 +7,16 @@ import errno
 import ipaddress
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
 from cusprun.errors import UserError
-from serve.front.app import Front, build_app
-from serve.front.backend import Backend
-from serve.front.settings import FrontSettings
+from serve.front.app import Front
 
 _WATCH_S = 0.5
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -70,23 +69,22 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def serve_until_signal(
-    backend: Backend, settings: FrontSettings, taken: socket.socket, ready: Callable[[], None]
+    app: FastAPI, fronts: Sequence[Front], taken: socket.socket, drain_s: float, ready: Callable[[], None]
 ) -> Outcome:
-    """Answer requests on ``taken`` until SIGINT or SIGTERM, or until the engine ends by itself.
+    """Answer requests to ``app`` on ``taken`` until SIGINT or SIGTERM, or until an engine ends by itself.
 
-    After a signal, requests under way are finished, for at most ``settings.drain_s``; further ones get 503. A
-    second signal ends at once. ``ready`` is called once the server answers.
+    After a signal, requests under way in the ``fronts`` are finished, for at most ``drain_s``; further ones
+    get 503. A second signal ends at once. ``ready`` is called once the server answers.
     """
-    return asyncio.run(_serve(backend, settings, taken, ready))
+    return asyncio.run(_serve(app, fronts, taken, drain_s, ready))
 
 
 async def _serve(
-    backend: Backend, settings: FrontSettings, taken: socket.socket, ready: Callable[[], None]
+    app: FastAPI, fronts: Sequence[Front], taken: socket.socket, drain_s: float, ready: Callable[[], None]
 ) -> Outcome:
-    front = Front(backend, settings)
     server = _Server(
         uvicorn.Config(
-            build_app(front),
+            app,
             http="httptools",
             ws="none",
             lifespan="off",
@@ -97,33 +95,43 @@ async def _serve(
             timeout_graceful_shutdown=1,
         )
     )
-    watch = asyncio.ensure_future(_watch(server, front, settings.drain_s, ready))
+    watch = asyncio.ensure_future(_watch(server, fronts, drain_s, ready))
     try:
         await server.serve(sockets=[taken])
         return await watch
     finally:
         watch.cancel()
-        await backend.close()
+        for front in fronts:
+            await front.close()
 
 
-async def _watch(server: _Server, front: Front, drain_s: float, ready: Callable[[], None]) -> Outcome:
+async def _watch(
+    server: _Server, fronts: Sequence[Front], drain_s: float, ready: Callable[[], None]
+) -> Outcome:
     """Wait for what ends the server, drain, and let it end."""
     while not server.started and not server.should_exit:
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(_WATCH_S / 50)
     ready()
-    while server.num_signals == 0 and front.failure() is None:
-        await asyncio.sleep(_WATCH_S if server.num_signals == 0 else 0)
-    failure = front.failure() if server.num_signals == 0 else None
-    if failure is None:
-        front.drain()
-        deadline = asyncio.get_running_loop().time() + drain_s
-        while front.num_under_way and server.num_signals == 1:
-            if asyncio.get_running_loop().time() >= deadline:
-                break
-            await asyncio.sleep(0.05)
-    cut_off = front.num_under_way
+    failure = None
+    while server.num_signals == 0 and failure is None:
+        await asyncio.sleep(_WATCH_S)
+        failure = next((front.failure() for front in fronts if front.failure()), None)
+    if server.num_signals:
+        failure = None
+        await _drain(server, fronts, drain_s)
     server.should_exit = True
-    return Outcome(failure, cut_off)
+    return Outcome(failure, sum(front.num_under_way for front in fronts))
+
+
+async def _drain(server: _Server, fronts: Sequence[Front], drain_s: float) -> None:
+    for front in fronts:
+        front.drain()
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + drain_s
+    while any(front.num_under_way for front in fronts) and server.num_signals == 1:
+        if loop.time() >= deadline:
+            return
+        await asyncio.sleep(_WATCH_S / 10)
 
 
 class _Server(uvicorn.Server):

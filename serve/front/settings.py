@@ -7,7 +7,6 @@ from dataclasses import dataclass
 MAX_BODY_BYTES = 8 * 2**20
 BODY_TIMEOUT_S = 30.0
 MAX_REQUESTS = 512
-DRAIN_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -15,9 +14,8 @@ class FrontSettings:
     """``keys`` are the API keys that are taken, none asked for when empty; ``model`` the name that is served.
 
     ``context_tokens`` is shown with the model. On loopback only this machine's own names are taken for the
-    host. At most ``max_requests`` requests are under way, more are
-    answered with 429; a body larger than ``max_body_bytes`` or slower than ``body_timeout_s`` is refused;
-    ``drain_s`` is how long answers under way may go on after SIGTERM.
+    host. At most ``max_requests`` requests are under way, more are answered with 429; a body larger than
+    ``max_body_bytes`` or slower than ``body_timeout_s`` is refused.
     """
 
     model: str
@@ -27,4 +25,3 @@ class FrontSettings:
     max_requests: int = MAX_REQUESTS
     max_body_bytes: int = MAX_BODY_BYTES
     body_timeout_s: float = BODY_TIMEOUT_S
-    drain_s: float = DRAIN_S

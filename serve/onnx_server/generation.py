@@ -49,7 +49,7 @@ def generate(
         for num_tokens in range(1, limit + 1):
             token = generator.next()
             counts.num_generated_tokens += 1
-            is_end = token in model.stop_ids
+            is_end = token in model.stop_ids and not wish.ignore_eos
             if not is_end:
                 text += stop.push(detokenizer.push(token))
             if is_end or stop.is_stopped or num_tokens == limit:

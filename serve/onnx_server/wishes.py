@@ -30,6 +30,7 @@ _TAKEN = frozenset(
         "seed",
         "stop",
         "repetition_penalty",
+        "ignore_eos",
         "user",
         "metadata",
         "store",
@@ -50,7 +51,6 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "presence_penalty": (0, 0.0),
     "min_p": (0, 0.0),
     "min_tokens": (0,),
-    "ignore_eos": (False,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
@@ -64,11 +64,15 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Wish:
-    """How to generate: search options of onnxruntime-genai, stop texts, the most tokens (None: no limit)."""
+    """How to generate: search options of onnxruntime-genai, stop texts, the most tokens (None: no limit).
+
+    With ``ignore_eos`` an answer goes on after a token that ends it.
+    """
 
     search: Mapping[str, bool | float]
     stops: tuple[str, ...]
     max_new_tokens: int | None
+    ignore_eos: bool = False
 
 
 def read_wish(request: Request, vocab_size: int) -> Wish:
@@ -86,7 +90,8 @@ def read_wish(request: Request, vocab_size: int) -> Wish:
             raise ApiError(
                 400, f"there is no field {name[:100]!r} in the ONNX engine{near}", param=name[:100]
             )
-    return Wish(_search(request.fields, vocab_size), request.stops, request.max_new_tokens)
+    search = _search(request.fields, vocab_size)
+    return Wish(search, request.stops, request.max_new_tokens, bool(request.fields.get("ignore_eos")))
 
 
 def _search(fields: Mapping[str, Any], vocab_size: int) -> Mapping[str, bool | float]:

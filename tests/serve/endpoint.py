@@ -98,8 +98,7 @@ def serving(*arguments: str, **variables: str) -> Iterator[Endpoint]:
 
 
 def start(arguments: Sequence[str], variables: dict[str, str]) -> subprocess.Popen[str]:
-    artifact, *rest = arguments
-    command = [sys.executable, "-m", "cusprun", "serve", artifact, "--port", "0", "--threads", "1", *rest]
+    command = [sys.executable, "-m", "cusprun", "serve", "--port", "0", "--threads", "1", *arguments]
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

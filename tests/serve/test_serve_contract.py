@@ -106,6 +106,15 @@ def test_limit_on_tokens_ends_an_answer(endpoint: Endpoint) -> None:
     assert long["usage"]["completion_tokens"] == 2
 
 
+def test_load_generators_may_go_on_past_the_end(endpoint: Endpoint) -> None:
+    """`ignore_eos` is vLLM's; what measures servers uses it to get answers of one length."""
+    status, answer = endpoint.complete(prompt=PROMPT, max_tokens=20, ignore_eos=True, repetition_penalty=1.0)
+    assert status == 200, answer
+    assert answer["choices"][0]["text"].startswith(ANSWER)
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert answer["usage"]["completion_tokens"] == 20
+
+
 def test_same_seed_says_the_same(endpoint: Endpoint) -> None:
     def answers(seed: int) -> set[str]:
         return {

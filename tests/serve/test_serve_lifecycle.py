@@ -86,7 +86,7 @@ class TestKeys:
         file.write_text("from-a-file\n\nanother\n", encoding="utf-8")
         options = ("--api-key", "on-the-line", "--api-key-file", str(file), "--engine-log")
         with serving(gguf(artifacts), *options, CUSPRUN_API_KEY="of-the-environment") as endpoint:
-            for key in ("from-a-file", "another", "on-the-line"):
+            for key in ("from-a-file", "another", "on-the-line", "of-the-environment"):
                 headers = {"Authorization": f"Bearer {key}"}
                 assert endpoint.request("/v1/models", headers=headers)[0] == 200
             for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic another"}):
@@ -111,6 +111,13 @@ class TestKeys:
 
 
 class TestRefusals:
+    def test_nothing_named_and_half_a_pair(self, artifacts: dict[str, Path]) -> None:
+        assert "nothing to serve" in refused("--insecure")
+        assert "go together" in refused("--before", gguf(artifacts))
+        assert "go together" in refused(
+            "--before", gguf(artifacts), "--after", gguf(artifacts), "--name", "x"
+        )
+
     def test_port_in_use(self, artifacts: dict[str, Path]) -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = taken.getsockname()[1]
