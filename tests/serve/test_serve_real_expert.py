@@ -30,9 +30,8 @@ def test_expert_of_smollm2_answers_as_its_checkpoint(tmp_path: Path) -> None:
     prompt = tokenizer.apply_chat_template(
         QUESTION, add_generation_prompt=True, return_dict=True, return_tensors="pt"
     )
-    ids = model.generate(**prompt, do_sample=False, max_new_tokens=NUM_TOKENS)[
-        0, prompt["input_ids"].shape[1] :
-    ]
+    num_prompt_tokens = prompt["input_ids"].shape[1]
+    ids = model.generate(**prompt, do_sample=False, max_new_tokens=NUM_TOKENS)[0, num_prompt_tokens:]
     expected = tokenizer.decode(ids, skip_special_tokens=True)
     with serving(str(folder), "--engine", "vllm", "--context", "512", "--", "--enforce-eager") as endpoint:
         client = openai.OpenAI(base_url=endpoint.url, api_key="none")
