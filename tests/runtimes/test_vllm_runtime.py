@@ -21,12 +21,12 @@ from exporters.vllm import export
 from serve.runtimes import vllm_process
 from serve.runtimes.protocol import TopLogProbs
 from serve.runtimes.torch_runtime import TorchRuntime
-from serve.runtimes.vllm_process import PYTHON_VARIABLE, find_python
+from serve.runtimes.vllm_process import VLLM_VARIABLE, find_python
 from serve.runtimes.vllm_server import TOP_TOKENS, VllmRuntime, require
 
 ROOT = Path(__file__).parent.parent.parent
 LOCAL_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
-HAS_VLLM = bool(os.environ.get(PYTHON_VARIABLE)) or LOCAL_PYTHON.is_file()
+HAS_VLLM = bool(os.environ.get(VLLM_VARIABLE)) or LOCAL_PYTHON.is_file()
 CHATS = (
     (Message("user", "hi"),),
     (Message("system", "Answer in one word."), Message("user", "Grüß  dich,\n\ta tab, and 😀."),),
@@ -51,7 +51,7 @@ def script(path: Path, body: str) -> Path:
 @pytest.fixture
 def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No vLLM: not here, not named, not under the current folder."""
-    monkeypatch.delenv(PYTHON_VARIABLE, raising=False)
+    monkeypatch.delenv(VLLM_VARIABLE, raising=False)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(vllm_process, "find_spec", lambda name: None)
 
@@ -63,7 +63,7 @@ class TestProcess:
     def test_missing_vllm_names_the_commands(self) -> None:
         with pytest.raises(MissingDependencyError, match=r"make vllm.*pip install vllm") as caught:
             require()
-        assert PYTHON_VARIABLE in str(caught.value)
+        assert VLLM_VARIABLE in str(caught.value)
 
     @pytest.mark.usefixtures("nowhere")
     def test_interpreter_is_looked_for_in_order(
@@ -73,17 +73,25 @@ class TestProcess:
         local = script(tmp_path / ".venv-vllm" / "bin" / "python", "exit 1")
         named, given = script(tmp_path / "named", "exit 1"), script(tmp_path / "given", "exit 1")
         assert find_python() == local
-        monkeypatch.setenv(PYTHON_VARIABLE, str(named))
+        monkeypatch.setenv(VLLM_VARIABLE, str(named))
         assert find_python() == named
         assert find_python(given) == given
-        monkeypatch.setenv(PYTHON_VARIABLE, "named")  # as it is written, from the current folder
+        monkeypatch.setenv(VLLM_VARIABLE, "named")  # as it is written, from the current folder
         assert find_python() == named
-        monkeypatch.setenv(PYTHON_VARIABLE, "on-path")
+        monkeypatch.setenv(VLLM_VARIABLE, "on-path")
         monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
         (tmp_path / "bin").mkdir()
         on_path = script(tmp_path / "bin" / "on-path", "exit 1")
         assert find_python() == on_path
-        monkeypatch.setenv(PYTHON_VARIABLE, "/bin/false")
+        monkeypatch.setenv(VLLM_VARIABLE, str(tmp_path / ".venv-vllm"))
+        assert find_python() == local
+        other = script(tmp_path / "bin" / "python", "exit 1")
+        script(tmp_path / "bin" / "vllm", "exit 1")
+        monkeypatch.setenv(VLLM_VARIABLE, str(tmp_path / "bin" / "vllm"))
+        assert find_python() == other
+        monkeypatch.delenv(VLLM_VARIABLE)
+        assert find_python() == other  # a command on PATH comes before the current folder
+        monkeypatch.setenv(VLLM_VARIABLE, "/bin/false")
         with pytest.raises(MissingDependencyError, match=r"/bin/false is no Python that has vLLM"):
             find_python()
 
@@ -119,7 +127,7 @@ class Served:
 
 
 def start(artifact: Path, **options: Any) -> VllmRuntime:
-    python = None if os.environ.get(PYTHON_VARIABLE) else LOCAL_PYTHON
+    python = None if os.environ.get(VLLM_VARIABLE) else LOCAL_PYTHON
     return VllmRuntime(artifact, python=python, n_threads=1, **options)
 
 

@@ -127,19 +127,18 @@ class TestRefusals:
         line = refused(gguf(artifacts), "--host", "192.0.2.1", "--api-key", "k")
         assert "192.0.2.1" in line
 
-    @pytest.mark.parametrize("engine", ["llamacpp", "transformers"])
-    def test_corrupt_artifact(
-        self, artifacts: dict[str, Path], parrot: Parrot, tmp_path: Path, engine: str
-    ) -> None:
+    @pytest.mark.parametrize("engine", ["llamacpp", "transformers", "onnx"])
+    def test_corrupt_artifact(self, artifacts: dict[str, Path], tmp_path: Path, engine: str) -> None:
         if engine == "llamacpp":
             broken = tmp_path / "broken.gguf"
             broken.write_bytes(artifacts["llamacpp"].read_bytes()[:5000])
         else:
             broken = tmp_path / "broken"
             broken.mkdir()
-            for file in parrot.folder.iterdir():
+            for file in artifacts[engine].iterdir():
                 data = file.read_bytes()
-                (broken / file.name).write_bytes(data[:1000] if file.suffix == ".safetensors" else data)
+                is_model = file.suffix in (".safetensors", ".onnx", ".data")
+                (broken / file.name).write_bytes(data[:1000] if is_model else data)
         assert str(broken) in refused(str(broken), "--engine", engine)
 
     def test_nothing_there(self, tmp_path: Path) -> None:
