@@ -56,7 +56,7 @@ def fill(_subject: Subject, options: Options, ledger: Ledger) -> None:
     """Make a row for each kind of prompts."""
     size = Size(prompts=2, new_tokens=8) if options.smoke else Size()
     expert = options.expert(EXPERTS["english-maths"])
-    bench = Bench.of(SMOLLM2, expert, options.data, options.scratch / TABLE)
+    bench = Bench.of(SMOLLM2, expert, options, options.scratch / TABLE)
     files = Files(bench, options.scratch / TABLE)
     jobs = [
         Job(
