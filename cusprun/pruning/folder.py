@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib import metadata
@@ -18,15 +18,22 @@ from cusprun.checkpoint.writer import DEFAULT_SHARD_BYTES
 from cusprun.codec import dump_json
 from cusprun.progress import SILENT, Progress
 from cusprun.pruning.card import model_card
+from cusprun.pruning.dense_stream import check_target
 from cusprun.pruning.refit import RefitSettings
-from cusprun.pruning.rewrite import DEFAULT_SETTINGS, compensating_flags, write_weights
+from cusprun.pruning.rewrite import (
+    DEFAULT_SETTINGS,
+    WrittenWeights,
+    compensating_flags,
+    write_weights,
+)
+from cusprun.pruning.target_choice import TargetChoice, choose_target
 from cusprun.quality.likelihood import (
     DocumentLikelihood,
     exp_of_mean,
     measure_likelihood,
     perplexity,
 )
-from cusprun.records import Corpora, Expert, LayerRefit, Manifest, Plan
+from cusprun.records import Corpora, Expert, Manifest, Plan, TokenizedDocument
 from cusprun.version import __version__
 from cusprun.walk.device import CPU, Device
 from cusprun.walk.fallback import Batching, with_smaller_batches
@@ -54,6 +61,15 @@ class Provenance:
     seconds: Mapping[str, float]
 
 
+@dataclass(frozen=True)
+class _Made:
+    """Weights that were written, the settings that made them and how their target was chosen, if it was."""
+
+    weights: WrittenWeights
+    settings: RefitSettings
+    choice: TargetChoice | None
+
+
 def write_expert(
     index: CheckpointIndex,
     plan: Plan,
@@ -70,34 +86,46 @@ def write_expert(
     """Write the pruned model that ``plan`` describes into the folder ``out``, whole or not at all.
 
     ``settings`` say how the last projections make good for what went. With ``measure`` the held-out documents
-    are run through original and expert, and the perplexities stand in manifest and card.
+    are run through original and expert, and the perplexities stand in manifest and card. The refit target
+    ``auto`` makes two more experts first, each removed when it is measured.
 
     Raises:
         OutputError: ``out`` exists already, cannot be written or does not fit on the disk.
         ModelError: weights cannot be read or are not finite.
-        PlanError: the rule adds biases that the family has no place for.
+        PlanError: the rule adds biases that the family has no place for, or the family has no use for the
+            refit target.
+        CorpusError: there is no calibration document to choose the refit target on.
+        UserError: there is no such refit target.
         DeviceError: the device has too little memory, in smaller batches too.
     """
     flags = compensating_flags(index, plan, settings)
+    if settings.mode == "refit":
+        check_target(settings.target, index.family)
     refuse_existing(out)
     require_space(out, round(index.num_bytes * (1 - plan.total_ratio)) + SMALL_FILES_BYTES)
 
     def work(batching: Batching) -> Manifest:
         with atomic_folder(out) as folder:
             started = time.monotonic()
-            write_config(folder, expert_config(index, plan, flags))
+
+            def write(
+                place: Path, documents: Sequence[TokenizedDocument], settings: RefitSettings
+            ) -> WrittenWeights:
+                write_config(place, expert_config(index, plan, flags))
+                return write_weights(
+                    index,
+                    plan,
+                    place,
+                    documents,
+                    settings=settings,
+                    max_shard_bytes=max_shard_bytes,
+                    device=device,
+                    batching=batching,
+                    progress=progress,
+                )
+
+            made = _made(write, folder, corpora.calibration, settings, device, progress)
             copy_carried_files(index.folder, folder)
-            weights = write_weights(
-                index,
-                plan,
-                folder,
-                corpora.calibration,
-                settings=settings,
-                max_shard_bytes=max_shard_bytes,
-                device=device,
-                batching=batching,
-                progress=progress,
-            )
             seconds = {**provenance.seconds, "refit_and_write": time.monotonic() - started}
             written = open_checkpoint(folder)
             quality = (
@@ -105,20 +133,19 @@ def write_expert(
                 if measure
                 else ()
             )
-            made = replace(
+            applied = replace(
                 plan,
-                layers=weights.layers,
+                layers=made.weights.layers,
                 total_ratio=1 - written.num_parameters / index.num_parameters,
             )
             manifest = _manifest(
                 index,
                 written,
-                made,
+                applied,
                 corpora,
                 replace(provenance, seconds=seconds),
-                weights.reports,
+                made,
                 quality,
-                settings,
                 device,
             )
             dump_json(manifest, folder / MANIFEST_NAME)
@@ -126,6 +153,22 @@ def write_expert(
         return manifest
 
     return with_smaller_batches(device, work)
+
+
+def _made(
+    write: Callable[[Path, Sequence[TokenizedDocument], RefitSettings], WrittenWeights],
+    folder: Path,
+    documents: Sequence[TokenizedDocument],
+    settings: RefitSettings,
+    device: Device,
+    progress: Progress,
+) -> _Made:
+    """Write config and weights, by the target that ``auto`` stands for where that is asked."""
+    choice = None
+    if settings.mode == "refit" and settings.target == "auto":
+        choice = choose_target(write, documents, settings, folder / "trial", device=device, progress=progress)
+        settings = replace(settings, target=choice.target)
+    return _Made(write(folder, documents, settings), settings, choice)
 
 
 def expert_config(index: CheckpointIndex, plan: Plan, flags: Sequence[str] = ()) -> dict[str, Any]:
@@ -173,11 +216,11 @@ def _manifest(
     plan: Plan,
     corpora: Corpora,
     provenance: Provenance,
-    reports: tuple[LayerRefit, ...],
+    made: _Made,
     quality: Sequence[DocumentLikelihood],
-    settings: RefitSettings,
     device: Device,
 ) -> Manifest:
+    settings, fitted = made.settings, made.settings.mode == "refit"
     return Manifest(
         cusprun_version=__version__,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -190,9 +233,10 @@ def _manifest(
         calibration_tokens=corpora.calibration_tokens,
         held_out_documents=len(corpora.held_out),
         rule=plan.rule,
-        refit=reports,
+        refit=made.weights.reports,
         compensation=settings.mode,
-        refit_weights=dict(settings.weights) if settings.mode == "refit" else {},
+        refit_weights=dict(settings.weights) if fitted else {},
+        refit_target=settings.target if fitted else "output",
         plan=plan,
         parameters_before=index.num_parameters,
         parameters_after=written.num_parameters,
@@ -206,6 +250,7 @@ def _manifest(
             "weight_bytes_before": index.num_bytes,
             "weight_bytes_after": written.num_bytes,
             **({"held_out": held_out_quality(quality)} if quality else {}),
+            **({"refit_target": made.choice.measurement()} if made.choice else {}),
         },
     )
 
