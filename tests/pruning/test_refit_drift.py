@@ -33,7 +33,7 @@ def drift_of(channels: torch.Tensor, weight: torch.Tensor, target: torch.Tensor)
 def least_squares(
     channels: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, keep: list[int], ridge: float
 ) -> torch.Tensor:
-    """Solve for the columns ``keep`` on rows appended for the penalty; ``ridge`` is what the diagonal gets."""
+    """Solve for the columns ``keep`` on rows appended for the penalty ``ridge``."""
     root = ridge**0.5
     rows = torch.cat([channels[:, keep], root * torch.eye(len(keep), dtype=torch.float64)])
     wanted = torch.cat([target, root * weight[:, keep].T])

@@ -12,7 +12,8 @@ import pytest
 import torch
 from device_checks import assert_close_entries, short_of_memory
 from elsewhere import ELSEWHERE, elsewhere
-from tiny import FAMILIES, build_model, documents, save_model
+from tiny import build_model, documents, save_model
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
 from cusprun.checkpoint.index import CheckpointIndex, open_checkpoint
@@ -30,10 +31,11 @@ from cusprun.pruning.store import open_store
 from cusprun.records import Corpora, Expert, LayerPlan, Manifest, Plan, TokenizedDocument
 from cusprun.walk.device import CPU, Device
 
-CORPORA = Corpora(documents(12, 0, "domain") + documents(8, 1, "task"), documents(3, 2))
+CORPORA = Corpora(documents(8, 0, "domain") + documents(4, 1, "task"), documents(2, 2))
 PLAIN = RefitSettings(held_out=0, anchors=0, target="residual")
 """On all calibration documents, and on them alone, with the ridge that is taken where none is chosen."""
-STREAMS = sorted(name for name in FAMILIES if name != "gemma3")
+STREAMS = ("llama", "llama-untied-biased", "qwen3-sliding-biased", "phi3-partial-rotary")
+"""Tied and plain; biases behind projections; windows in some blocks; fused projections and wide heads."""
 Text = Sequence[TokenizedDocument]
 
 
@@ -71,20 +73,24 @@ def stock(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
 
 
-def rows_at(model: Any, module: Any, texts: Text, *, output: bool = False) -> torch.Tensor:
-    """Return what flows into, or out of, a module of a whole model: float64 [tokens, width]."""
-    rows: list[torch.Tensor] = []
+def flows(model: Any, texts: Text, *modules: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return what flows into and out of modules of a whole model, in one pass: float64 [tokens, width]."""
+    # No token sees the padding on its right.
+    ids = pad_sequence([torch.tensor(each.token_ids) for each in texts], batch_first=True)
+    lengths = torch.tensor([len(each.token_ids) for each in texts])
+    real = torch.arange(ids.shape[1]) < lengths.unsqueeze(1)
+    found: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def keep(_module: Any, inputs: Any, given: Any) -> None:
+    def keep(module: Any, inputs: Any, given: Any) -> None:
         given = given[0] if isinstance(given, tuple) else given
-        rows.append((given if output else inputs[0]).reshape(-1, inputs[0].shape[-1]).double())
+        found[module] = (inputs[0][real].double(), given[real].double())
 
-    handle = module.register_forward_hook(keep)
+    handles = [module.register_forward_hook(keep) for module in modules]
     with torch.no_grad():
-        for document in texts:
-            model(torch.tensor([document.token_ids]), use_cache=False)
-    handle.remove()
-    return torch.cat(rows)
+        model(ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return [found[module] for module in modules]
 
 
 def usual_unit(channels: torch.Tensor, drift: torch.Tensor) -> float:
@@ -124,16 +130,16 @@ def test_the_refit_is_an_independent_one_with_both_whole_models_in_memory(
     model.model.layers = torch.nn.ModuleList(model.model.layers[number] for number in plan.kept_blocks)
     model.config.num_hidden_layers = len(plan.kept_blocks)
     texts, width = CORPORA.calibration, plan.before.head_dim
-    for number, kept, block in zip(plan.kept_blocks, plan.layers, model.model.layers, strict=True):
-        original = dense.model.layers[number]
+    originals = [dense.model.layers[number] for number in plan.kept_blocks]
+    wanted = flows(dense, texts, *originals, *(each.post_attention_layernorm for each in originals))
+    behind_ffn, behind_attention = wanted[: len(originals)], wanted[len(originals) :]
+    for number, (kept, block) in enumerate(zip(plan.layers, model.model.layers, strict=True)):
         heads = [head * width + entry for head in kept.query_heads for entry in range(width)]
         attention, ffn = block.self_attn.o_proj, block.mlp.down_proj
-        wanted = rows_at(dense, original.post_attention_layernorm, texts)
-        before = rows_at(model, block.input_layernorm, texts)
-        solve_in_place(attention, rows_at(model, attention, texts), wanted - before, heads)
-        wanted = rows_at(dense, original, texts, output=True)
-        before = rows_at(model, block.post_attention_layernorm, texts)
-        solve_in_place(ffn, rows_at(model, ffn, texts), wanted - before, list(kept.ffn_channels))
+        (before, _), (channels, _) = flows(model, texts, block.input_layernorm, attention)
+        solve_in_place(attention, channels, behind_attention[number][0] - before, heads)
+        (before, _), (channels, _) = flows(model, texts, block.post_attention_layernorm, ffn)
+        solve_in_place(ffn, channels, behind_ffn[number][1] - before, list(kept.ffn_channels))
     ours = stock(folder)
     with torch.no_grad():
         for document in CORPORA.held_out:
@@ -192,8 +198,7 @@ def columns(
     return found
 
 
-@pytest.mark.parametrize("revise", [False, True])
-@pytest.mark.parametrize("family", ["llama", "llama-untied-biased"])
+@pytest.mark.parametrize(("family", "revise"), [("llama", False), ("llama-untied-biased", True)])
 def test_where_nothing_was_cut_before_both_targets_give_the_same_columns(
     family: str, revise: bool, tmp_path: Path
 ) -> None:
@@ -218,10 +223,10 @@ def test_the_last_stream_on_the_documents_of_the_fit_is_nearer_to_the_originals(
     index = open_checkpoint(save_model(tmp_path / "model"))
     plan = planned(index, tmp_path, 0.3)
     original, errors = build_model(), {}
-    wanted = rows_at(original, original.model.layers[-1], CORPORA.calibration, output=True)
+    ((_, wanted),) = flows(original, CORPORA.calibration, original.model.layers[-1])
     for target in ("output", "residual"):
         model = stock(written(index, plan, tmp_path / target, replace(PLAIN, target=target)))
-        found = rows_at(model, model.model.layers[-1], CORPORA.calibration, output=True)
+        ((_, found),) = flows(model, CORPORA.calibration, model.model.layers[-1])
         errors[target] = float(((found - wanted) ** 2).sum())
     assert errors["residual"] < 0.9 * errors["output"]
 
@@ -262,14 +267,14 @@ def test_auto_keeps_the_target_whose_expert_predicts_documents_set_apart_better(
     folder = written(index, plan, tmp_path / "auto", settings)
     manifest = load_json(Manifest, folder / "cusprun.json")
     told = manifest.measurements["refit_target"]
-    apart = [*CORPORA.calibration[3:12:4], *CORPORA.calibration[15::4]]  # every fourth of each dimension
+    apart = [CORPORA.calibration[position] for position in (3, 7, 11)]  # every fourth of each dimension
     fit = Corpora(tuple(each for each in CORPORA.calibration if each not in apart), ())
     wanted = {}
     for target in ("output", "residual"):
         trial = written(index, plan, tmp_path / f"trial-{target}", replace(settings, target=target), fit)
         wanted[target] = stock_perplexity(stock(trial), apart)
     assert told["perplexity"] == pytest.approx(wanted, rel=1e-4)
-    assert told["documents"] == len(apart) == 5
+    assert told["documents"] == len(apart)
     assert told["predicted_tokens"] == sum(len(each.token_ids) - 1 for each in apart)
     best = min(wanted, key=wanted.__getitem__)
     assert (told["asked"], told["chosen"], manifest.refit_target) == ("auto", best, best)
@@ -294,12 +299,12 @@ def stock_perplexity(model: Any, texts: Text) -> float:
 def test_auto_needs_a_document_to_choose_on(tmp_path: Path) -> None:
     index = open_checkpoint(save_model(tmp_path / "model"))
     plan, one = planned(index, tmp_path, 0.3), Corpora(documents(1), ())
-    with pytest.raises(CorpusError, match="set apart.*add documents"):
+    with pytest.raises(CorpusError, match=r"set apart.*add documents"):
         written(index, plan, tmp_path / "expert", RefitSettings(target="auto"), one)
     assert not (tmp_path / "expert").exists()
 
 
-@pytest.mark.parametrize("short", [None, "refit", "choose_channels"])
+@pytest.mark.parametrize("short", [None, "refit"])
 def test_the_dense_stream_and_its_drift_are_on_the_device(
     short: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
