@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def write_expert(
         UserError: there is no such refit target.
         DeviceError: the device has too little memory, in smaller batches too.
     """
-    flags = compensating_flags(index, plan, settings)
+    compensating_flags(index, plan, settings)
     if settings.mode == "refit":
         check_target(settings.target, index.family)
     refuse_existing(out)
@@ -107,23 +108,8 @@ def write_expert(
     def work(batching: Batching) -> Manifest:
         with atomic_folder(out) as folder:
             started = time.monotonic()
-
-            def write(
-                place: Path, documents: Sequence[TokenizedDocument], settings: RefitSettings
-            ) -> WrittenWeights:
-                write_config(place, expert_config(index, plan, flags))
-                return write_weights(
-                    index,
-                    plan,
-                    place,
-                    documents,
-                    settings=settings,
-                    max_shard_bytes=max_shard_bytes,
-                    device=device,
-                    batching=batching,
-                    progress=progress,
-                )
-
+            options: dict[str, Any] = {"batching": batching, "device": device, "progress": progress}
+            write = partial(_write_model, index, plan, max_shard_bytes=max_shard_bytes, **options)
             made = _made(write, folder, corpora.calibration, settings, device, progress)
             copy_carried_files(index.folder, folder)
             seconds = {**provenance.seconds, "refit_and_write": time.monotonic() - started}
@@ -133,26 +119,26 @@ def write_expert(
                 if measure
                 else ()
             )
-            applied = replace(
-                plan,
-                layers=made.weights.layers,
-                total_ratio=1 - written.num_parameters / index.num_parameters,
-            )
-            manifest = _manifest(
-                index,
-                written,
-                applied,
-                corpora,
-                replace(provenance, seconds=seconds),
-                made,
-                quality,
-                device,
-            )
+            told = replace(provenance, seconds=seconds)
+            manifest = _manifest(index, written, plan, corpora, told, made, quality, device)
             dump_json(manifest, folder / MANIFEST_NAME)
             (folder / CARD_NAME).write_text(model_card(manifest), encoding="utf-8")
         return manifest
 
     return with_smaller_batches(device, work)
+
+
+def _write_model(
+    index: CheckpointIndex,
+    plan: Plan,
+    folder: Path,
+    documents: Sequence[TokenizedDocument],
+    settings: RefitSettings,
+    **options: Any,
+) -> WrittenWeights:
+    """Write what a model is measured from; ``options`` are those of :func:`write_weights`."""
+    write_config(folder, expert_config(index, plan, compensating_flags(index, plan, settings)))
+    return write_weights(index, plan, folder, documents, settings=settings, **options)
 
 
 def _made(
@@ -221,6 +207,7 @@ def _manifest(
     device: Device,
 ) -> Manifest:
     settings, fitted = made.settings, made.settings.mode == "refit"
+    kept, total_ratio = made.weights.layers, 1 - written.num_parameters / index.num_parameters
     return Manifest(
         cusprun_version=__version__,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -237,7 +224,7 @@ def _manifest(
         compensation=settings.mode,
         refit_weights=dict(settings.weights) if fitted else {},
         refit_target=settings.target if fitted else "output",
-        plan=plan,
+        plan=replace(plan, layers=kept, total_ratio=total_ratio),
         parameters_before=index.num_parameters,
         parameters_after=written.num_parameters,
         seconds={stage: round(value, 2) for stage, value in provenance.seconds.items()},
