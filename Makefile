@@ -75,7 +75,7 @@ bench-paper: setup ## Check the publication's ordering of neurons; DATA=FOLDER a
 	@$(NEED_DATA)
 	$(PYTHON) benchmarks/paper.py --data "$(DATA)"
 
-bench-tradeoff: setup ## Measure dimension weights and few documents; DATA=FOLDER as above.
+bench-tradeoff: setup ## Measure dimension weights, few documents, refit targets; DATA=FOLDER as above.
 	@$(NEED_DATA)
 	$(PYTHON) benchmarks/tradeoff.py --data "$(DATA)"
 

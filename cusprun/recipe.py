@@ -12,7 +12,7 @@ from cusprun.corpus.yaml_tree import Section, Value, read_yaml
 from cusprun.errors import UserError, nearest
 from cusprun.paths import expand_home
 from cusprun.pipeline.wishes import BUDGETS, DEFAULT_RATIO, PruneWishes
-from cusprun.records import DIMENSIONS, UNITS
+from cusprun.records import DIMENSIONS, REFIT_TARGETS, UNITS
 from cusprun.walk.device import DEFAULT_DEVICE, check_device
 
 if TYPE_CHECKING:
@@ -121,6 +121,9 @@ def _wishes(root: Section) -> PruneWishes:
             for name in DIMENSIONS
             if weights is not None and weights.has(name)
         },
+        refit_target=root.take(
+            "refit_target", str, "output", lambda name: _known(name, REFIT_TARGETS, "refit target")
+        ),
     )
     if wishes.target_bytes is not None:
         wrong = _valid(lambda _text: wishes.gguf_target())("")
@@ -128,6 +131,8 @@ def _wishes(root: Section) -> PruneWishes:
             root.fault("target_bytes", f"'target_bytes' {wrong}")
     if wishes.dimension_weights and not refit:
         root.fault("weights", "'weights' weigh the refit, and 'refit' is false")
+    if wishes.refit_target != "output" and not refit:
+        root.fault("refit_target", "'refit_target' is what the refit aims at, and 'refit' is false")
     return wishes
 
 

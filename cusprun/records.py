@@ -20,6 +20,9 @@ NEURONS = ("query_row", "key_row", "value_row", "output_column", "ffn_channel")
 GRANULARITIES = ("unit", "neuron")
 """What a store holds impacts of: structural units or single neurons."""
 
+REFIT_TARGETS = ("output", "residual", "auto")
+"""What the least squares of the refit aim at; see ``docs/method.md``."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -188,7 +191,8 @@ class Plan:
 class LayerRefit:
     """How well one projection's surviving columns reproduce the full output on calibration tokens.
 
-    Errors are relative: the squared norm of the output difference over that of the full output;
+    Errors are relative: the squared norm of the difference to the target over that of the target, which is
+    the full output or, with the refit target ``residual``, what brings the stream back to the original's.
     ``measured_on`` says whether on calibration documents kept apart (``held-out``) or on those that were
     fitted (``calibration``). ``ridge`` is the share of the usual tokens' mean diagonal that was chosen, None
     where no refit was better and the columns stay.
@@ -207,7 +211,9 @@ class Manifest:
     """``cusprun.json``: where an expert came from and how, enough to make it again.
 
     ``compensation`` made good for what went: ``refit`` (least squares), ``bias`` or ``none``;
-    ``refit_weights`` are those of the dimensions' documents in the least squares, 1 where none is given.
+    ``refit_weights`` are those of the dimensions' documents in the least squares, 1 where none is given;
+    ``refit_target`` is what these aimed at, ``output`` or ``residual``. Where ``auto`` chose it,
+    ``measurements`` say so under ``refit_target``, with the perplexity that decided of each.
     """
 
     cusprun_version: str
@@ -230,6 +236,7 @@ class Manifest:
     measurements: Mapping[str, Any] = field(default_factory=dict)
     compensation: str = "refit"
     refit_weights: Mapping[str, float] = field(default_factory=dict)
+    refit_target: str = "output"
     schema_version: int = 1
 
 

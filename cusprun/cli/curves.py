@@ -14,6 +14,7 @@ from cusprun.cli.options import (
     JsonFile,
     Model,
     Refit,
+    RefitTarget,
     RuleName,
     Targets,
     Units,
@@ -78,6 +79,7 @@ def sweep(
     units: Units = None,
     refit: Refit = True,
     weight: Weights = None,
+    refit_target: RefitTarget = "output",
     keep: Annotated[bool, typer.Option("--keep", help="Keep every expert in the folder.")] = False,
     device: DeviceName = DEFAULT_DEVICE,
 ) -> None:
@@ -95,6 +97,7 @@ def sweep(
         units=split_list(units),
         refit=refit,
         dimension_weights=parse_weights(weight),
+        refit_target=refit_target,
         keep=keep,
         device=device,
         progress=ConsoleProgress(),

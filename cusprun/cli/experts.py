@@ -15,6 +15,7 @@ from cusprun.cli.options import (
     Model,
     Ratio,
     Refit,
+    RefitTarget,
     RuleName,
     TargetBytes,
     TargetParams,
@@ -129,6 +130,7 @@ def prune(
     ] = "unit",
     refit: Refit = True,
     weight: Weights = None,
+    refit_target: RefitTarget = "output",
     shard_size: Annotated[
         str | None, typer.Option(help="Most bytes in one weight file, like 2GB.", show_default=False)
     ] = None,
@@ -155,6 +157,7 @@ def prune(
         granularity=granularity,
         refit=refit,
         dimension_weights=parse_weights(weight),
+        refit_target=refit_target,
         shard_bytes=parse_size(shard_size),
         device=device,
         progress=ConsoleProgress(),

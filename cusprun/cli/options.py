@@ -80,6 +80,13 @@ Weights = Annotated[
         show_default=False,
     ),
 ]
+RefitTarget = Annotated[
+    str,
+    typer.Option(
+        help="What the refit aims at: output, what a projection gave; residual, the original's stream behind "
+        "it; auto, the better of both on calibration documents set apart.",
+    ),
+]
 DeviceName = Annotated[
     str,
     typer.Option(

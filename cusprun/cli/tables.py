@@ -184,7 +184,12 @@ def manifest_tables(manifest: Manifest) -> Iterator[RenderableType]:
     if manifest.refit:
         before = sum(entry.relative_error_before for entry in manifest.refit) / len(manifest.refit)
         after = sum(entry.relative_error_after for entry in manifest.refit) / len(manifest.refit)
-        yield Text(f"refit: mean relative output error {before:.2%} to {after:.2%}")
+        what = "output" if manifest.refit_target == "output" else "stream"
+        yield Text(f"refit: mean relative {what} error {before:.2%} to {after:.2%}")
+        chosen = manifest.measurements.get("refit_target")
+        if chosen:
+            tried = ", ".join(f"{name} {value:.3f}" for name, value in chosen["perplexity"].items())
+            yield Text(f"refit target {chosen['chosen']}: perplexity on documents set apart: {tried}")
 
 
 def neuron_tables(manifest: NeuronManifest) -> Iterator[RenderableType]:

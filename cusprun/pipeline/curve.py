@@ -51,7 +51,8 @@ class SweepReport:
     """``sweep.json``: one model and expert at several sizes, ascending by ratio.
 
     ``inputs_hash`` stands for everything that the curve was made from, so that with a ratio it stands for a
-    point. ``device`` is the kind that models ran on, ``cpu`` or ``cuda``. ``original`` is the point at ratio
+    point. ``device`` is the kind that models ran on, ``cpu`` or ``cuda``; ``refit_target`` what the
+    refit aims at. ``original`` is the point at ratio
     0. Intervals are bootstrap intervals over documents, and those of ratios are paired: original and expert
     see the same draws.
     """
@@ -77,6 +78,7 @@ class SweepReport:
     resamples: int = RESAMPLES
     seed: int = 0
     device: str = "cpu"
+    refit_target: str = "output"
     schema_version: int = 1
 
     def rows(self) -> tuple[CurvePoint, ...]:
@@ -136,9 +138,12 @@ def curve_notes(report: SweepReport) -> tuple[str, ...]:
         for name, row in report.original.corpora.items()
     )
     weights = ", ".join(f"{name} {weight:g}" for name, weight in report.dimension_weights.items())
+    told = [f"weights: {weights}"] if weights else []
+    told += [f"target: {report.refit_target}"] if report.refit_target != "output" else []
+    told_text = "; ".join(told)
     return (
         f"Rule {report.rule} on {', '.join(report.units)}, {'with' if report.refit else 'no'} refit"
-        f"{f' (weights: {weights})' if weights else ''}, "
+        f"{f' ({told_text})' if told else ''}, "
         f"{report.calibration_documents} calibration documents ({report.calibration_tokens:,} tokens), "
         f"for {', '.join(report.targets)}.",
         f"Perplexities in float32 on documents that nothing was calibrated on ({sizes}); intervals over "

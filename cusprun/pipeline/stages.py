@@ -173,6 +173,7 @@ def prune(
     granularity: str = "unit",
     refit: bool = True,
     dimension_weights: Mapping[str, float] | None = None,
+    refit_target: str = "output",
     shard_bytes: int | None = None,
     device: str = DEFAULT_DEVICE,
     progress: Progress = SILENT,
@@ -185,7 +186,8 @@ def prune(
     seven experts. A ``plan`` brings its own budget, rule, targets and units; edited, it is applied as it
     stands, else the rule ``surgeon`` lets the refit choose its FFN channels again.
     ``refit`` makes good for what went, by least squares or, with the rule ``variance+bias``, by biases;
-    ``dimension_weights`` says how much the documents of a dimension count in the least squares (1 each). With
+    ``dimension_weights`` says how much the documents of a dimension count in the least squares (1 each), and
+    ``refit_target`` what they aim at: ``output``, ``residual`` or ``auto`` (see ``docs/method.md``). With
     ``granularity="neuron"`` single neurons of every matrix are zeroed by the rule (``paper`` unless given) in
     ``ratio``, and every shape stays. ``shard_bytes`` bounds a weight file (2 GB). ``device`` is that of
     :func:`score`. Interrupted and called again, it continues from the scores.
@@ -196,7 +198,8 @@ def prune(
         CorpusError: documents are missing, unreadable or too few for rule or refit, or none is held out to
             measure ``max_loss`` on.
         ModelError: the model is missing, damaged or holds weights that are not finite.
-        PlanError: no legal shape keeps the budget, or the plan is malformed or another model's.
+        PlanError: no legal shape keeps the budget, the plan is malformed or another model's, or the refit
+            target is not for the family.
         StoreError: a store is missing, damaged, given twice or made with other tokens.
         OutputError: ``out`` exists, cannot be written or does not fit on the disk.
         UserError: a rule, target, kind of unit or dimension is unknown, or wishes contradict one another.
@@ -213,6 +216,7 @@ def prune(
         refit=refit,
         granularity=granularity,
         dimension_weights=dict(dimension_weights or {}),
+        refit_target=refit_target,
         shard_bytes=shard_bytes,
         stores=stores_of(scores),
         plan=plan,

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING
 
 from cusprun.cache import key_of, remove_leftovers
 from cusprun.codec import dump_json, load_json
-from cusprun.errors import MissingDependencyError, OutputError, PlanError, UserError, require_list
+from cusprun.errors import OutputError, PlanError, UserError, require_list
 from cusprun.paths import expand_home
-from cusprun.pipeline.curve import CurvePoint, CurveQuality, SweepReport, curve_panels, to_markdown
+from cusprun.pipeline.curve import CurvePoint, CurveQuality, SweepReport
+from cusprun.pipeline.curve_files import SWEEP_MARKDOWN, SWEEP_PICTURE, write_tables
 from cusprun.pipeline.evaluation import measured_sets
 from cusprun.pipeline.original import original_likelihoods
 from cusprun.pipeline.stages import OpenModel, as_expert, corpora_of, open_model, prune_opened, scored
@@ -38,14 +39,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SWEEP_JSON, SWEEP_MARKDOWN, SWEEP_PICTURE = "sweep.json", "sweep.md", "sweep.png"
+SWEEP_JSON = "sweep.json"
 _WORK = "work"
 _PARTIAL = re.compile(r"\..+\.partial-\d+")
 """What a sweep at work names its unfinished files."""
 _VERSIONED = ("torch", "transformers", "numpy")
 _SHARED = (
     "cusprun_version", "model_hash", "expert", "corpus_hash", "rule", "targets", "units", "refit",
-    "dimension_weights", "device",
+    "dimension_weights", "refit_target", "device",
 )  # fmt: skip
 """What the points of one curve must share, by the names of the report's fields."""
 
@@ -61,6 +62,7 @@ def sweep(
     units: Sequence[str] = (),
     refit: bool = True,
     dimension_weights: Mapping[str, float] | None = None,
+    refit_target: str = "output",
     keep: bool = False,
     device: str = DEFAULT_DEVICE,
     progress: Progress = SILENT,
@@ -91,6 +93,7 @@ def sweep(
         units=texts_of(units, "units"),
         refit=refit,
         dimension_weights=dict(dimension_weights or {}),
+        refit_target=refit_target,
     )
     wishes.check()
     where = open_device(device)
@@ -105,7 +108,7 @@ def sweep(
         job.add_size(plan)
     with _alone(folder):
         report = job.begun()
-        _write_tables(report, folder)
+        write_tables(report, folder)
     return report
 
 
@@ -236,7 +239,10 @@ class _Job:
             started = time.monotonic()
             made = work / "expert"
             wishes = PruneWishes(
-                plan=plan, refit=self.wishes.refit, dimension_weights=self.wishes.dimension_weights
+                plan=plan,
+                refit=self.wishes.refit,
+                dimension_weights=self.wishes.dimension_weights,
+                refit_target=self.wishes.refit_target,
             )
             prune_opened(self.opened, self.expert, corpora, made, wishes, self.progress)
             seconds = time.monotonic() - started
@@ -271,7 +277,10 @@ class _Job:
         rule, targets = wishes.chosen_rule, wishes.targets or DEFAULT_TARGETS
         units = check_units(wishes.units)
         made = (rule, targets, units, wishes.refit, dict(wishes.dimension_weights))
-        inputs = ("sweep", self.opened.model_hash, digest, texts, made, __version__, *self.opened.device.key)
+        # As with the device, a curve of the usual target keeps the hash that it has without a word of it.
+        aimed = () if wishes.refit_target == "output" else (f"target {wishes.refit_target}",)
+        kind = self.opened.device.key
+        inputs = ("sweep", self.opened.model_hash, digest, texts, made, __version__, *aimed, *kind)
         return SweepReport(
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             cusprun_version=__version__,
@@ -291,6 +300,7 @@ class _Job:
             refit=wishes.refit,
             dimension_weights=dict(wishes.dimension_weights),
             device=self.opened.device.kind,
+            refit_target=wishes.refit_target,
             inputs_hash=key_of(*inputs),
             original=CurvePoint(0.0, 0.0, 0.0, self.opened.index.shape, 0, 0, {}, {}),
             points=(),
@@ -373,27 +383,3 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-def _write_tables(report: SweepReport, folder: Path) -> None:
-    """Write the curve for people, over what an earlier call wrote."""
-    from cusprun.plots import draw
-
-    with _replaced(folder / SWEEP_MARKDOWN) as partial:
-        partial.write_text(to_markdown(report), encoding="utf-8")
-    try:
-        with _replaced(folder / SWEEP_PICTURE) as partial:
-            draw(curve_panels(report), partial, f"{report.model} → {report.expert}", "png")
-    except MissingDependencyError as missing:
-        log.info("note: no %s was drawn; %s", SWEEP_PICTURE, missing)
-
-
-@contextmanager
-def _replaced(path: Path) -> Iterator[Path]:
-    """Yield a path to write to that takes the place of ``path`` when the block ends well."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

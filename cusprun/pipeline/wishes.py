@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from cusprun.errors import (
     CorpusError,
+    PlanError,
     StoreError,
     UserError,
     nearest,
@@ -17,7 +18,7 @@ from cusprun.errors import (
     require_known,
     require_list,
 )
-from cusprun.records import DIMENSIONS, GRANULARITIES, Expert, Plan
+from cusprun.records import DIMENSIONS, GRANULARITIES, REFIT_TARGETS, Expert, Plan
 from cusprun.resolve import StrPath, as_paths
 
 if TYPE_CHECKING:
@@ -155,6 +156,7 @@ class PruneWishes(PlanWishes):
     max_loss: float | None = None
     granularity: str = "unit"
     dimension_weights: Mapping[str, float] = field(default_factory=dict)
+    refit_target: str = "output"
     shard_bytes: int | None = None
     stores: tuple[Path, ...] = ()
     plan: StrPath | Plan | None = None
@@ -162,6 +164,7 @@ class PruneWishes(PlanWishes):
     def check(self) -> None:
         """Refuse what cannot be before any work is done."""
         require_known(self.granularity, GRANULARITIES, "granularity")
+        require_known(self.refit_target, REFIT_TARGETS, "refit target")
         self._refuse_conflicts()
         super().check()
         if self.granularity == "neuron" and self.rule is not None:
@@ -220,14 +223,24 @@ class PruneWishes(PlanWishes):
             mode=entry.compensation if self.refit else "none",
             weights=self.dimension_weights,
             revise=entry.revised and not edited,
+            target=self.refit_target,
         )
 
     def check_family(self, family: Family, rule: str) -> None:
-        """Raise ``PlanError`` when a family has no place for the biases that a rule adds."""
+        """Raise ``PlanError`` when a family has no place for what a rule adds, or no use for the target."""
         from cusprun.pruning.biases import bias_flags
+        from cusprun.pruning.dense_stream import check_target
 
-        if self.settings(rule).mode == "bias":
+        mode = self.settings(rule).mode
+        if mode == "bias":
             bias_flags(family, rule)
+            if self.refit_target != "output":
+                raise PlanError(
+                    f"the rule {rule!r} adds biases and has no least squares to aim at "
+                    f"{self.refit_target!r}; take the target 'output', or another rule"
+                )
+        if mode == "refit":
+            check_target(self.refit_target, family)
 
     def _refuse_conflicts(self) -> None:
         given = list(self._given())
@@ -239,6 +252,7 @@ class PruneWishes(PlanWishes):
         whole_only = [name for name in given if name not in ("ratio", "rule")]
         whole_only += ["plan"] if self.plan is not None else []
         whole_only += ["weights"] if self.dimension_weights else []
+        whole_only += ["the refit target"] if self.refit_target != "output" else []
         whole_only += ["the shard size"] if self.shard_bytes is not None else []
         if self.granularity == "neuron" and whole_only:
             raise UserError(
@@ -247,6 +261,10 @@ class PruneWishes(PlanWishes):
             )
         if self.dimension_weights and not self.refit:
             raise UserError("weights of dimensions weigh the refit; leave them out, or refit")
+        if self.refit_target != "output" and not self.refit:
+            raise UserError(
+                f"the target {self.refit_target!r} is what the refit aims at; leave it out, or refit"
+            )
 
     def _given(self) -> Iterator[str]:
         """Name the wishes that a plan answers already."""

@@ -103,7 +103,8 @@ def _refit_text(manifest: Manifest) -> str:
     after = sum(report.relative_error_after for report in manifest.refit) / len(manifest.refit)
     weights = ", ".join(f"{name} {weight:g}" for name, weight in manifest.refit_weights.items())
     weighted = f"; weights of the dimensions: {weights}" if weights else ""
-    return f"least-squares refit (mean relative output error {before:.2%} to {after:.2%}{weighted})"
+    what = "output" if manifest.refit_target == "output" else "stream"
+    return f"least-squares refit (mean relative {what} error {before:.2%} to {after:.2%}{weighted})"
 
 
 def _source_text(source: Source) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,22 @@ from cusprun.checkpoint.writer import DEFAULT_SHARD_BYTES
 from cusprun.codec import dump_json
 from cusprun.progress import SILENT, Progress
 from cusprun.pruning.card import model_card
+from cusprun.pruning.dense_stream import check_target
 from cusprun.pruning.refit import RefitSettings
-from cusprun.pruning.rewrite import DEFAULT_SETTINGS, compensating_flags, write_weights
+from cusprun.pruning.rewrite import (
+    DEFAULT_SETTINGS,
+    WrittenWeights,
+    compensating_flags,
+    write_weights,
+)
+from cusprun.pruning.target_choice import TargetChoice, choose_target
 from cusprun.quality.likelihood import (
     DocumentLikelihood,
     exp_of_mean,
     measure_likelihood,
     perplexity,
 )
-from cusprun.records import Corpora, Expert, LayerRefit, Manifest, Plan
+from cusprun.records import Corpora, Expert, Manifest, Plan, TokenizedDocument
 from cusprun.version import __version__
 from cusprun.walk.device import CPU, Device
 from cusprun.walk.fallback import Batching, with_smaller_batches
@@ -54,6 +62,15 @@ class Provenance:
     seconds: Mapping[str, float]
 
 
+@dataclass(frozen=True)
+class _Made:
+    """Weights that were written, the settings that made them and how their target was chosen, if it was."""
+
+    weights: WrittenWeights
+    settings: RefitSettings
+    choice: TargetChoice | None
+
+
 def write_expert(
     index: CheckpointIndex,
     plan: Plan,
@@ -70,34 +87,31 @@ def write_expert(
     """Write the pruned model that ``plan`` describes into the folder ``out``, whole or not at all.
 
     ``settings`` say how the last projections make good for what went. With ``measure`` the held-out documents
-    are run through original and expert, and the perplexities stand in manifest and card.
+    are run through original and expert, and the perplexities stand in manifest and card. The refit target
+    ``auto`` makes two more experts first, each removed when it is measured.
 
     Raises:
         OutputError: ``out`` exists already, cannot be written or does not fit on the disk.
         ModelError: weights cannot be read or are not finite.
-        PlanError: the rule adds biases that the family has no place for.
+        PlanError: the rule adds biases that the family has no place for, or the family has no use for the
+            refit target.
+        CorpusError: there is no calibration document to choose the refit target on.
+        UserError: there is no such refit target.
         DeviceError: the device has too little memory, in smaller batches too.
     """
-    flags = compensating_flags(index, plan, settings)
+    compensating_flags(index, plan, settings)
+    if settings.mode == "refit":
+        check_target(settings.target, index.family)
     refuse_existing(out)
     require_space(out, round(index.num_bytes * (1 - plan.total_ratio)) + SMALL_FILES_BYTES)
 
     def work(batching: Batching) -> Manifest:
         with atomic_folder(out) as folder:
             started = time.monotonic()
-            write_config(folder, expert_config(index, plan, flags))
+            options: dict[str, Any] = {"batching": batching, "device": device, "progress": progress}
+            write = partial(_write_model, index, plan, max_shard_bytes=max_shard_bytes, **options)
+            made = _made(write, folder, corpora.calibration, settings, device, progress)
             copy_carried_files(index.folder, folder)
-            weights = write_weights(
-                index,
-                plan,
-                folder,
-                corpora.calibration,
-                settings=settings,
-                max_shard_bytes=max_shard_bytes,
-                device=device,
-                batching=batching,
-                progress=progress,
-            )
             seconds = {**provenance.seconds, "refit_and_write": time.monotonic() - started}
             written = open_checkpoint(folder)
             quality = (
@@ -105,27 +119,42 @@ def write_expert(
                 if measure
                 else ()
             )
-            made = replace(
-                plan,
-                layers=weights.layers,
-                total_ratio=1 - written.num_parameters / index.num_parameters,
-            )
-            manifest = _manifest(
-                index,
-                written,
-                made,
-                corpora,
-                replace(provenance, seconds=seconds),
-                weights.reports,
-                quality,
-                settings,
-                device,
-            )
+            told = replace(provenance, seconds=seconds)
+            manifest = _manifest(index, written, plan, corpora, told, made, quality, device)
             dump_json(manifest, folder / MANIFEST_NAME)
             (folder / CARD_NAME).write_text(model_card(manifest), encoding="utf-8")
         return manifest
 
     return with_smaller_batches(device, work)
+
+
+def _write_model(
+    index: CheckpointIndex,
+    plan: Plan,
+    folder: Path,
+    documents: Sequence[TokenizedDocument],
+    settings: RefitSettings,
+    **options: Any,
+) -> WrittenWeights:
+    """Write what a model is measured from; ``options`` are those of :func:`write_weights`."""
+    write_config(folder, expert_config(index, plan, compensating_flags(index, plan, settings)))
+    return write_weights(index, plan, folder, documents, settings=settings, **options)
+
+
+def _made(
+    write: Callable[[Path, Sequence[TokenizedDocument], RefitSettings], WrittenWeights],
+    folder: Path,
+    documents: Sequence[TokenizedDocument],
+    settings: RefitSettings,
+    device: Device,
+    progress: Progress,
+) -> _Made:
+    """Write config and weights, by the target that ``auto`` stands for where that is asked."""
+    choice = None
+    if settings.mode == "refit" and settings.target == "auto":
+        choice = choose_target(write, documents, settings, folder / "trial", device=device, progress=progress)
+        settings = replace(settings, target=choice.target)
+    return _Made(write(folder, documents, settings), settings, choice)
 
 
 def expert_config(index: CheckpointIndex, plan: Plan, flags: Sequence[str] = ()) -> dict[str, Any]:
@@ -173,11 +202,12 @@ def _manifest(
     plan: Plan,
     corpora: Corpora,
     provenance: Provenance,
-    reports: tuple[LayerRefit, ...],
+    made: _Made,
     quality: Sequence[DocumentLikelihood],
-    settings: RefitSettings,
     device: Device,
 ) -> Manifest:
+    settings, fitted = made.settings, made.settings.mode == "refit"
+    kept, total_ratio = made.weights.layers, 1 - written.num_parameters / index.num_parameters
     return Manifest(
         cusprun_version=__version__,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -190,10 +220,11 @@ def _manifest(
         calibration_tokens=corpora.calibration_tokens,
         held_out_documents=len(corpora.held_out),
         rule=plan.rule,
-        refit=reports,
+        refit=made.weights.reports,
         compensation=settings.mode,
-        refit_weights=dict(settings.weights) if settings.mode == "refit" else {},
-        plan=plan,
+        refit_weights=dict(settings.weights) if fitted else {},
+        refit_target=settings.target if fitted else "output",
+        plan=replace(plan, layers=kept, total_ratio=total_ratio),
         parameters_before=index.num_parameters,
         parameters_after=written.num_parameters,
         seconds={stage: round(value, 2) for stage, value in provenance.seconds.items()},
@@ -206,6 +237,7 @@ def _manifest(
             "weight_bytes_before": index.num_bytes,
             "weight_bytes_after": written.num_bytes,
             **({"held_out": held_out_quality(quality)} if quality else {}),
+            **({"refit_target": made.choice.measurement()} if made.choice else {}),
         },
     )
 

@@ -1,4 +1,4 @@
-"""The refit: surviving columns re-solved so that the projection gives what it gave before.
+"""The refit: surviving columns re-solved so that the projection gives what it is to give.
 
 With channels a [tokens, n] over calibration tokens, y = a W^T the full output, S the survivors, the rest R
 and G = a^T a, ridge least squares shrunk towards the original weights
@@ -7,6 +7,12 @@ and G = a^T a, ridge least squares shrunk towards the original weights
 
 has the closed form V = W_S + W_R G_RS (G_SS + ridge * I)^-1: what the removed channels wrote is spread over
 the survivors that vary with them, and a survivor that varies with none keeps its weights.
+
+That is for the target t = a W^T. For any other, t = a W^T + d, the solution is
+
+    V = (t^T a_S + ridge * W_S) (G_SS + ridge * I)^-1 = W_S + (W_R G_RS + D_S) (G_SS + ridge * I)^-1
+
+with D = d^T a: the sum on the right loses no digits where d is small beside t.
 """
 
 from __future__ import annotations
@@ -15,6 +21,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+
+from cusprun.pruning.gram import Drift
 
 MODES = ("refit", "bias", "none")
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
@@ -28,7 +36,10 @@ _RIDGE_STEPS = 12
 class RefitSettings:
     """How the last projections make good for what went.
 
-    ``mode`` is ``refit``, ``bias`` (the mean of what went, added as a bias) or ``none``. ``weights`` are
+    ``mode`` is ``refit``, ``bias`` (the mean of what went, added as a bias) or ``none``. ``target`` is what
+    the least squares aim at, one of ``records.REFIT_TARGETS``: ``output``, what the whole projection gives on
+    the cut model's own inputs; ``residual``, what brings the cut model's stream back to the original's there;
+    ``auto``, the one whose expert has the lower perplexity on documents set apart. ``weights`` are
     those of the dimensions' tokens in the least squares, 1 where none is given. ``revise`` lets the refit
     choose the FFN channels again, by its own error on the inputs that the cut blocks before give.
     ``held_out`` is the share of calibration documents that the ridge is chosen on. ``anchors`` is the number
@@ -40,6 +51,7 @@ class RefitSettings:
     revise: bool = False
     held_out: float = 0.1
     anchors: int = 2048
+    target: str = "output"
 
 
 @dataclass(frozen=True)
@@ -61,6 +73,8 @@ def refit(
     keep: Sequence[int],
     *,
     apart: torch.Tensor | None = None,
+    drift: Drift | None = None,
+    apart_drift: Drift | None = None,
     ridges: Sequence[float] = RIDGES,
     unit: float | None = None,
 ) -> Refitted:
@@ -74,9 +88,13 @@ def refit(
     Args:
         weight: the projection, [features, n], any float type, on the device of ``fit``.
         fit: a^T a over the tokens to fit, symmetric [n, n], any float type; it is solved in float64 where it
-            is. At the most nine matrices of its size exist in float64 at one time.
+            is. At the most nine matrices of its size exist in float64 at one time, and with a drift four of
+            [features, n] more.
         keep: surviving channels, ascending.
         apart: the same over tokens that are only judged on.
+        drift: what the target is beyond the projection's own output, over the tokens of ``fit``; none when it
+            is that output.
+        apart_drift: the same over the tokens of ``apart``.
         ridges: shares of ``unit``, in the order of preference.
         unit: what a ridge of one adds to the diagonal; the mean diagonal of ``fit`` when it is not given.
 
@@ -85,13 +103,17 @@ def refit(
     """
     whole = weight.double()
     unit = float(fit.diagonal().mean()) if unit is None else unit
-    problem = _Problem(whole, fit.double(), keep)
-    judge = problem if apart is None else _Problem(whole, apart.double(), keep)
+    problem = _Problem(whole, fit.double(), keep, drift)
+    judge = problem if apart is None else _Problem(whole, apart.double(), keep, apart_drift)
     candidates = ridges if apart is not None else ridges[:1]
     tried = [(judge.error(problem.change(ridge * unit)), ridge) for ridge in candidates]
     after, ridge = min(tried, key=lambda entry: entry[0])
     before = judge.error(None)
-    final = problem if apart is None else _Problem(whole, fit.double() + apart.double(), keep)
+    if apart is None:
+        final = problem
+    else:
+        joined = None if drift is None else drift.joined(apart_drift)
+        final = _Problem(whole, fit.double() + apart.double(), keep, joined)
     rounded = (final.kept + final.change(ridge * unit)).to(weight.dtype)
     scale = judge.energy if judge.energy > 0 else 1.0
     # Rounding to the type of the weights can cost more than a refit of almost nothing gains.
@@ -104,7 +126,9 @@ def refit(
 class _Problem:
     """The least squares of one projection over one set of tokens."""
 
-    def __init__(self, weight: torch.Tensor, gram: torch.Tensor, keep: Sequence[int]) -> None:
+    def __init__(
+        self, weight: torch.Tensor, gram: torch.Tensor, keep: Sequence[int], drift: Drift | None
+    ) -> None:
         kept = torch.tensor(list(keep)).to(gram.device)
         gone = torch.ones(gram.shape[0], dtype=torch.bool, device=gram.device)
         gone[kept] = False
@@ -115,6 +139,11 @@ class _Problem:
         self._target = lost @ gram[removed][:, kept]  # [features, survivors]
         self._lost_energy = float((lost @ gram[removed][:, removed] * lost).sum())
         self.energy = float((weight @ gram * weight).sum())
+        if drift is not None:
+            cross = drift.cross.double()
+            self._target = self._target + cross[:, kept]
+            self._lost_energy += 2 * float((cross[:, removed] * lost).sum()) + drift.energy
+            self.energy += 2 * float((cross * weight).sum()) + drift.energy
 
     def change(self, ridge: float) -> torch.Tensor:
         """Return what a ridge adds to the surviving columns, [features, survivors]."""
@@ -122,7 +151,7 @@ class _Problem:
         return solved
 
     def error(self, change: torch.Tensor | None) -> float:
-        """Return the squared norm of the output that is missing with a change of the surviving columns."""
+        """Return the squared norm of what the target lacks with a change of the surviving columns."""
         if change is None:
             return max(self._lost_energy, 0.0)
         gained = 2 * float((change * self._target).sum()) - float((change @ self._gram * change).sum())

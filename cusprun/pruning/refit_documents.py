@@ -27,7 +27,20 @@ class TokenWeights:
 def token_weights(
     batches: Sequence[Batch], documents: Sequence[TokenizedDocument], settings: RefitSettings
 ) -> TokenWeights:
-    """Return what the tokens weigh; the last document that does is kept apart when no other is."""
+    """Return what the tokens weigh: of the documents of :func:`judged_documents`, and of the others."""
+    weights = document_weights(documents, settings.weights)
+    judged = judged_documents(documents, settings)
+    fit, apart = [], []
+    for batch in batches:
+        rows = torch.tensor([weights[document] for document in batch.documents]).unsqueeze(-1) * batch.mask
+        is_apart = torch.tensor([document in judged for document in batch.documents]).unsqueeze(-1)
+        fit.append(torch.where(is_apart, 0.0, rows))
+        apart.append(torch.where(is_apart, rows, 0.0))
+    return TokenWeights(tuple(fit), tuple(apart))
+
+
+def judged_documents(documents: Sequence[TokenizedDocument], settings: RefitSettings) -> set[int]:
+    """Return the positions of those that are kept apart; the last one that weighs when none of them does."""
     weights = document_weights(documents, settings.weights)
     judged = set(apart_documents(documents, settings.held_out))
     fitted = [
@@ -37,13 +50,7 @@ def token_weights(
     ]
     if settings.mode == "refit" and settings.held_out and len(fitted) > 1 and judged.isdisjoint(fitted):
         judged.add(fitted[-1])  # a refit that is judged on what it was fitted on always looks good
-    fit, apart = [], []
-    for batch in batches:
-        rows = torch.tensor([weights[document] for document in batch.documents]).unsqueeze(-1) * batch.mask
-        is_apart = torch.tensor([document in judged for document in batch.documents]).unsqueeze(-1)
-        fit.append(torch.where(is_apart, 0.0, rows))
-        apart.append(torch.where(is_apart, rows, 0.0))
-    return TokenWeights(tuple(fit), tuple(apart))
+    return judged
 
 
 def document_weights(documents: Sequence[TokenizedDocument], weights: Mapping[str, float]) -> list[float]:

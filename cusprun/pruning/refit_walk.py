@@ -8,7 +8,7 @@ block is fitted on the inputs that the cut and refit blocks before it give, and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +18,7 @@ from cusprun.checkpoint.index import CheckpointIndex
 from cusprun.checkpoint.reader import read_tensor
 from cusprun.codec import Indices
 from cusprun.families import axis_length
+from cusprun.pruning.dense_stream import DenseStream, check_target, dense_stream
 from cusprun.pruning.gram import Gram
 from cusprun.pruning.refit import DEFAULT_RIDGE, RIDGES, RefitSettings, Refitted, mean_bias, refit
 from cusprun.pruning.refit_documents import TokenWeights, anchor_documents, token_weights
@@ -96,7 +97,14 @@ class _Grams:
 
     def chosen_channels(self, weight: torch.Tensor, count: int) -> list[int]:
         """Return the channels that the refit can best keep; ``weight`` is where the matrices are."""
-        return choose_channels(weight, self.fit.total(), count, unit=self.fit.usual_scale())
+        drift = self.fit.total_drift()
+        return choose_channels(
+            weight,
+            self.fit.total(),
+            count,
+            cross=None if drift is None else drift.cross,
+            unit=self.fit.usual_scale(),
+        )
 
     def refitted(self, weight: torch.Tensor, keep: Sequence[int]) -> Refitted:
         """Solve for the columns ``keep`` of ``weight``, which is where the matrices are."""
@@ -107,6 +115,8 @@ class _Grams:
             keep,
             # Outliers are fitted all but exactly, and their energy would hide what is lost of the others.
             apart=self.apart.usual() if judged else None,
+            drift=self.fit.total_drift(),
+            apart_drift=self.apart.usual_drift() if judged else None,
             ridges=RIDGES if judged else (DEFAULT_RIDGE,),
             unit=self.fit.usual_scale(),
         )
@@ -122,10 +132,11 @@ class RefitWalk:
         weights: TokenWeights,
         settings: RefitSettings,
         spills: tuple[Spill, Spill, Spill, Spill],
+        dense: DenseStream | None = None,
     ) -> None:
         modules = shell.index.family.modules
         self._shell, self._batches, self._weights, self._settings = shell, batches, weights, settings
-        self._device = shell.device
+        self._device, self._dense = shell.device, dense
         self._hidden, self._attended = spills[:2]
         self._attention = _Sublayer(modules.attention_output, "heads", spills[2])
         self._ffn = _Sublayer(modules.mlp_output, "ffn", spills[3])
@@ -133,10 +144,14 @@ class RefitWalk:
     def refit_block(self, layer: int, plan: LayerPlan) -> BlockRefit:
         """Fit one block of the model and move the stream past it."""
         modules = self._shell.index.family.modules
+        if self._dense is not None:
+            self._dense.pass_until(layer)
         block = self._shell.load_block(layer)
         attention, mlp = _Replay(returns_tuple=True), _Replay(returns_tuple=False)
         result = BlockRefit({}, (), plan)
         with self._shell.holding(layer, block):
+            if self._dense is not None:
+                self._dense.observe(block)
             with _replaced(block, {modules.mlp: mlp}):
                 project, result = self._fit(layer, block, self._attention, result)
             for position in range(len(self._batches)):
@@ -148,6 +163,8 @@ class RefitWalk:
                     attention.output = self._attended.read(position)
                     mlp.output = project(position)
                     self._hidden.write(position, self._shell.run(self._hidden.read(position)))
+        if self._dense is not None:
+            self._dense.leave()
         return result
 
     def _fit(
@@ -235,20 +252,36 @@ class RefitWalk:
     ) -> _Grams:
         """Run a block up to one projection: spill its channels, return their Gram matrices."""
         width = axis_length(sublayer.axis, self._shell.index.shape) if measured else 0
-        grams = _Grams(Gram(width, self._device), Gram(width, self._device))
-        tap, own = _Tap(self._shell.index.shape.hidden_size), block.get_submodule(sublayer.projection)
+        hidden_size = self._shell.index.shape.hidden_size
+        features = hidden_size if measured and self._dense is not None else 0
+        grams = _Grams(Gram(width, self._device, features), Gram(width, self._device, features))
+        tap, own = _Tap(hidden_size), block.get_submodule(sublayer.projection)
         with _replaced(block, {sublayer.projection: tap}), torch.inference_mode():
             for position in range(len(self._batches)):
+                stream = self._hidden.read(position)
+                attended = None if attention is None else self._attended.read(position)
                 if attention is not None:
-                    attention.output = self._attended.read(position)
-                self._shell.run(self._hidden.read(position))
+                    attention.output = attended
+                self._shell.run(stream)
                 sublayer.channels.write(position, tap.channels)
-                if measured:
-                    self._add(grams, tap.channels, own, position)
+                if not measured:
+                    continue
+                drift = None
+                if self._dense is not None:
+                    stream = stream if attended is None else stream + attended
+                    drift = self._dense.drift(sublayer.projection, position, stream, own(tap.channels))
+                self._add(grams, tap.channels, own, position, drift)
         return grams
 
-    def _add(self, grams: _Grams, channels: torch.Tensor, own: nn.Module, position: int) -> None:
-        """Add the tokens of one batch, each with its weight.
+    def _add(
+        self,
+        grams: _Grams,
+        channels: torch.Tensor,
+        own: nn.Module,
+        position: int,
+        drift: torch.Tensor | None,
+    ) -> None:
+        """Add the tokens of one batch, each with its weight and its drift.
 
         Where a norm stands between the projection and the residual stream it divides each token's output, and
         with it the error, by the output's size: there every token weighs one over its mean square.
@@ -262,7 +295,7 @@ class RefitWalk:
             rows, weight = channels[chosen], weights[chosen]
             if self._shell.index.family.normalises_outputs and len(rows):
                 weight = weight / own(rows).square().mean(dim=-1).clamp_min(_NORM_EPSILON)
-            gram.add(rows, weight)
+            gram.add(rows, weight, None if drift is None else drift[chosen])
 
 
 def _biased(
@@ -303,7 +336,15 @@ def refit_walk(
     device: Device = CPU,
     batching: Batching = DEFAULT_BATCHING,
 ) -> Iterator[RefitWalk]:
-    """Yield a walk before block 0, which :meth:`RefitWalk.refit_block` takes past each kept block in turn."""
+    """Yield a walk before block 0, which :meth:`RefitWalk.refit_block` takes past each kept block in turn.
+
+    Raises:
+        PlanError: the family has no use for the target ``residual``.
+        UserError: ``settings`` name a target that is not known.
+    """
+    if settings.mode == "refit":
+        check_target(settings.target, index.family)
+        assert settings.target != "auto", "what `auto` stands for is chosen before a walk"
     if settings.mode == "bias":
         # The mean is that of the calibration tokens: all of them, and of no others.
         settings = replace(settings, held_out=0, anchors=0)
@@ -311,6 +352,7 @@ def refit_walk(
     batches = make_batches(documents, batching.tokens)
     with (
         device.exact(),
+        ExitStack() as stack,
         spilled(batches, index.shape.hidden_size, device=device) as hidden,
         spilled(batches, index.shape.hidden_size, device=device) as attended,
         spilled(batches, axis_length("heads", index.shape), device=device) as heads,
@@ -319,4 +361,7 @@ def refit_walk(
         shell = DecoderShell(index, device)
         shell.embed_into(hidden, batches)
         weights = token_weights(batches, documents, settings)
-        yield RefitWalk(shell, batches, weights, settings, (hidden, attended, heads, channels))
+        dense = None
+        if settings.mode == "refit" and settings.target == "residual":
+            dense = stack.enter_context(dense_stream(shell, batches))
+        yield RefitWalk(shell, batches, weights, settings, (hidden, attended, heads, channels), dense)

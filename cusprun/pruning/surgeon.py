@@ -20,6 +20,7 @@ def choose_channels(
     gram: torch.Tensor,
     count: int,
     *,
+    cross: torch.Tensor | None = None,
     unit: float | None = None,
     ridge: float = DEFAULT_RIDGE,
     rounds: int = ROUNDS,
@@ -30,6 +31,8 @@ def choose_channels(
         weight: the projection, [features, n], on the device of ``gram``.
         gram: a^T a over calibration tokens, symmetric float64 [n, n].
         count: channels that stay.
+        cross: d^T a, [features, n], where the target is d beyond the projection's own output: then W is
+            what would be solved for with all channels, W + cross A^-1.
         unit: what a ridge of one adds to the diagonal; the mean diagonal of ``gram`` when it is not given.
         ridge: share of ``unit``.
         rounds: in how many steps the others go.
@@ -39,6 +42,8 @@ def choose_channels(
     current = weight.double()
     unit = float(gram.diagonal().mean()) if unit is None else unit
     inverse = torch.cholesky_inverse(factor(gram.double(), ridge * unit))
+    if cross is not None:
+        current = current + cross.double() @ inverse
     for step in range(1, rounds + 1):
         stay = width - round((width - count) * step / rounds)
         leaving = len(kept) - stay

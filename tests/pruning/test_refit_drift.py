@@ -1,0 +1,180 @@
+"""The refit's closed form for a target of its own, against an independent least-squares solver."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cusprun.pruning.gram import Drift, Gram
+from cusprun.pruning.refit import RIDGES, refit
+from cusprun.pruning.surgeon import choose_channels
+
+Problem = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def problem(seed: int, tokens: int, n: int, features: int) -> Problem:
+    """Return channels [tokens, n], a projection [features, n] and targets [tokens, features], float64."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    channels, weight = normal(tokens, n) @ normal(n, n), normal(features, n)
+    return channels, weight, channels @ weight.T + 3 * normal(tokens, features)
+
+
+def drift_of(channels: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> Drift:
+    difference = target - channels @ weight.T
+    return Drift(difference.T @ channels, float((difference**2).sum()))
+
+
+def least_squares(
+    channels: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, keep: list[int], ridge: float
+) -> torch.Tensor:
+    """Solve for the columns ``keep`` on rows appended for the penalty ``ridge``."""
+    root = ridge**0.5
+    rows = torch.cat([channels[:, keep], root * torch.eye(len(keep), dtype=torch.float64)])
+    wanted = torch.cat([target, root * weight[:, keep].T])
+    return torch.linalg.lstsq(rows, wanted, driver="gelsd").solution.T
+
+
+def missing(channels: torch.Tensor, columns: torch.Tensor, target: torch.Tensor, keep: list[int]) -> float:
+    return float(((target - channels[:, keep] @ columns.T) ** 2).sum())
+
+
+def mean_square(channels: torch.Tensor) -> float:
+    return float((channels**2).sum(0).mean())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    tokens=st.integers(2, 60),
+    n=st.integers(2, 14),
+    features=st.integers(1, 8),
+    ridge=st.sampled_from((1e-3, 1e-2, 1.0, 30.0)),
+    data=st.data(),
+)
+def test_any_target_is_solved_for_as_by_augmented_least_squares(
+    seed: int, tokens: int, n: int, features: int, ridge: float, data: st.DataObject
+) -> None:
+    channels, weight, target = problem(seed, tokens, n, features)
+    keep = sorted(data.draw(st.sets(st.integers(0, n - 1), min_size=1, max_size=n)))
+    expected = least_squares(channels, weight, target, keep, ridge * mean_square(channels))
+    drift = drift_of(channels, weight, target)
+    fitted = refit(weight, channels.T @ channels, keep, drift=drift, ridges=(ridge,))
+    torch.testing.assert_close(fitted.weight, expected, rtol=1e-5, atol=1e-6)
+    total = float((target**2).sum())
+    before = missing(channels, weight[:, keep], target, keep) / total
+    after = missing(channels, expected, target, keep) / total
+    assert fitted.relative_error_before == pytest.approx(before, rel=1e-5, abs=1e-9)
+    assert fitted.relative_error_after == pytest.approx(after, rel=1e-4, abs=1e-8)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), tokens=st.integers(3, 40), kept=st.integers(1, 8))
+def test_the_best_ridge_on_documents_set_apart_is_taken_and_never_one_that_is_worse_than_nothing(
+    seed: int, tokens: int, kept: int
+) -> None:
+    channels, weight, target = problem(seed, 2 * tokens, 8, 5)
+    fit, apart = slice(0, tokens), slice(tokens, None)
+    keep, unit = list(range(kept)), mean_square(channels[fit])
+    fitted = refit(
+        weight,
+        channels[fit].T @ channels[fit],
+        keep,
+        apart=channels[apart].T @ channels[apart],
+        drift=drift_of(channels[fit], weight, target[fit]),
+        apart_drift=drift_of(channels[apart], weight, target[apart]),
+    )
+    tried = {
+        ridge: missing(
+            channels[apart],
+            least_squares(channels[fit], weight, target[fit], keep, ridge * unit),
+            target[apart],
+            keep,
+        )
+        for ridge in RIDGES
+    }
+    nothing = missing(channels[apart], weight[:, keep], target[apart], keep)
+    total, best = float((target[apart] ** 2).sum()), min(tried, key=tried.__getitem__)
+    assert fitted.relative_error_before == pytest.approx(nothing / total, rel=1e-6)
+    if fitted.ridge is None:
+        assert torch.equal(fitted.weight, weight[:, keep])
+        return
+    assert tried[fitted.ridge] <= nothing * (1 + 1e-9)
+    assert tried[fitted.ridge] == pytest.approx(tried[best], rel=1e-6)
+    expected = least_squares(channels, weight, target, keep, fitted.ridge * unit)
+    torch.testing.assert_close(fitted.weight, expected, rtol=1e-4, atol=1e-5)
+
+
+@given(seed=st.integers(0, 1000))
+@settings(max_examples=15, deadline=None)
+def test_a_drift_of_zero_gives_the_columns_of_the_output_itself(seed: int) -> None:
+    channels, weight, _ = problem(seed, 30, 9, 4)
+    gram, zero = channels.T @ channels, Drift(torch.zeros(4, 9), 0.0)
+    plain, drifted = (refit(weight, gram, [0, 2, 3, 7], drift=drift) for drift in (None, zero))
+    assert torch.equal(plain.weight, drifted.weight)
+    assert plain.relative_error_after == drifted.relative_error_after
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1000), count=st.integers(1, 6))
+def test_the_surgeon_removes_what_costs_least_of_a_target_of_its_own(seed: int, count: int) -> None:
+    channels, weight, target = problem(seed, 30, 7, 3)
+    share = 1e-3
+    ridge = share * mean_square(channels)
+
+    def cost(kept: list[int]) -> float:
+        columns = least_squares(channels, weight, target, kept, ridge)
+        change = weight.clone()
+        change[:, kept] -= columns
+        return missing(channels, columns, target, kept) + ridge * float((change**2).sum())
+
+    kept = list(range(7))
+    while len(kept) > count:
+        kept.remove(min(kept, key=lambda channel: cost([k for k in kept if k != channel])))
+    found = choose_channels(
+        weight,
+        channels.T @ channels,
+        count,
+        cross=drift_of(channels, weight, target).cross,
+        ridge=share,
+        rounds=7 - count,
+    )
+    assert found == kept
+
+
+def test_what_batches_of_drift_add_up_to_with_their_weights_and_their_outliers() -> None:
+    generator = torch.Generator().manual_seed(9)
+    rows, drift = torch.randn(60, 7, generator=generator), torch.randn(60, 4, generator=generator)
+    weights = torch.rand(60, generator=generator) + 0.1
+    rows[3] *= 1000  # an outlier by its channels,
+    drift[11] *= 1000  # and one by its drift alone
+    gram = Gram(7, features=4)
+    for part in (slice(0, 40), slice(40, 60)):
+        gram.add(rows[part], weights[part], drift[part])
+    usual = torch.ones(60, dtype=torch.bool)
+    usual[[3, 11]] = False
+    for chosen, found, matrix in (
+        (slice(None), gram.total_drift(), gram.total()),
+        (usual, gram.usual_drift(), gram.usual()),
+    ):
+        a, d, w = rows[chosen].double(), drift[chosen].double(), weights[chosen].double()
+        assert found is not None
+        torch.testing.assert_close(found.cross.double(), d.T @ (w.unsqueeze(1) * a), rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(matrix, a.T @ (w.unsqueeze(1) * a), rtol=1e-5, atol=1e-4)
+        assert found.energy == pytest.approx(float((w * (d**2).sum(1)).sum()), rel=1e-5)
+
+
+def test_rows_without_a_drift_are_no_outliers_because_most_have_none() -> None:
+    rows, drift = torch.randn(9, 3, generator=torch.Generator().manual_seed(1)), torch.zeros(9, 2)
+    drift[4] = 1.0
+    gram = Gram(3, features=2)
+    gram.add(rows, torch.ones(9), drift)
+    plain = Gram(3)
+    plain.add(rows, torch.ones(9))
+    assert torch.equal(gram.usual(), plain.usual())
+    assert plain.total_drift() is None
