@@ -88,7 +88,7 @@ def one_round(index: CheckpointIndex, corpora: Corpora) -> dict[str, float]:
                 plan,
                 root / "expert",
                 corpora.calibration,
-                settings=PruneWishes().settings(plan.rule),
+                settings=PruneWishes().settings(plan.rule, index.family),
             ),
         )
     return seconds

@@ -37,6 +37,7 @@ from measuring import (
 
 from cusprun.codec import to_plain
 from cusprun.errors import require_known
+from cusprun.families import Family
 from cusprun.pipeline.calibration import first_tokens
 from cusprun.pipeline.proof import PARITY_TOKENS, prove
 from cusprun.pipeline.wishes import PruneWishes
@@ -62,29 +63,36 @@ PARITY_QUANTS = ("f32", "f16")
 
 @dataclass(frozen=True)
 class Variant:
-    """A rule with or without what makes good for the units that go."""
+    """A rule with or without what makes good for the units that go.
+
+    ``target`` is what the refit aims at, the product's own choice for the family when None.
+    """
 
     rule: str
     compensated: bool
     title: str
+    target: str | None = None
 
-    @property
-    def settings(self) -> RefitSettings:
+    def settings(self, family: Family) -> RefitSettings:
         """The product's own settings; FLAP takes the means of all calibration tokens and of no others."""
-        settings = PruneWishes(refit=self.compensated).settings(self.rule)
+        settings = PruneWishes(refit=self.compensated, refit_target=self.target).settings(self.rule, family)
         return replace(settings, held_out=0.0, anchors=0) if settings.mode == "bias" else settings
 
 
 DEFAULT = Variant(DEFAULT_RULE, True, f"{DEFAULT_RULE}, refit (the default)")
 FLAP = Variant("variance+bias", True, "variance+bias (FLAP)")
 PUBLISHED = Variant("paper", False, "paper, no refit (the published rule)")
-VARIANTS = (DEFAULT, FLAP, PUBLISHED)
-VARIANTS_AT = {
-    (PARITY_TABLE, PARITY_RATIO): (
-        Variant("mean", True, "mean, refit"),
-        Variant("mean", False, "mean, no refit"),
-    )
+OWN_OUTPUT = Variant(DEFAULT_RULE, True, f"{DEFAULT_RULE}, refit to each projection's own output", "output")
+VARIANTS = {
+    "default": DEFAULT,
+    "flap": FLAP,
+    "published": PUBLISHED,
+    "own output": OWN_OUTPUT,
+    "mean": Variant("mean", True, "mean, refit to each projection's own output", "output"),
+    "mean alone": Variant("mean", False, "mean, no refit"),
 }
+EVERYWHERE = ("default", "flap", "published")
+AT = {(PARITY_TABLE, PARITY_RATIO): ("mean", "mean alone")}
 """Further variants in one table at one ratio: what the choice and the refit are worth, each by itself."""
 
 
@@ -108,12 +116,24 @@ def fill_table(name: str, model: BenchModel, expert: BenchExpert, options: Optio
     bench = Bench.of(model, options.expert(expert), options, options.scratch / name)
     jobs = []
     for ratio in (0.25,) if options.smoke else RATIOS:
-        for variant in (*VARIANTS, *VARIANTS_AT.get((name, ratio), ())):
+        for called in (*EVERYWHERE, *_own_output(bench.index.family), *AT.get((name, ratio), ())):
+            variant = VARIANTS[called]
             exported = name == PARITY_TABLE and ratio == PARITY_RATIO and variant is DEFAULT
-            inputs = (ratio, UNITS, variant.rule, variant.compensated, *(PARITY_QUANTS if exported else ()))
-            label = {"ratio": ratio, "rule": variant.rule, "compensated": variant.compensated}
+            target = variant.settings(bench.index.family).target
+            inputs = (
+                *(ratio, UNITS, variant.rule, variant.compensated),
+                *(PARITY_QUANTS if exported else ()),
+                *([target] if variant is DEFAULT and target != "output" else ()),
+            )
+            label = {"ratio": ratio, "variant": called, "rule": variant.rule}
             jobs.append(Job(bench.key(*inputs), label, partial(variant_row, bench, ratio, variant, exported)))
     ledger.finish(name, jobs, partial(described, bench), fresh=options.fresh, device=options.device)
+
+
+def _own_output(family: Family) -> tuple[str, ...]:
+    """Name the variant that aims at another target than the family's own; none where both are one."""
+    differs = DEFAULT.settings(family).target != OWN_OUTPUT.settings(family).target
+    return ("own output",) if differs else ()
 
 
 def described(bench: Bench) -> Row:
@@ -133,7 +153,7 @@ def variant_row(bench: Bench, ratio: float, variant: Variant, exported: bool) ->
         "width_before": plan.before.intermediate_size,
         "shape": asdict(plan.after),
     }
-    settings = variant.settings
+    settings = variant.settings(bench.index.family)
     in_memory = settings.mode == "bias" and not has_place_for_biases(bench.index)
     if in_memory:
         settings = replace(settings, mode="none")
@@ -260,9 +280,7 @@ def _comparison(
 
 
 def _variant(row: Row) -> Variant:
-    everything = (*VARIANTS, *(variant for further in VARIANTS_AT.values() for variant in further))
-    wanted = row["rule"], row["compensated"]
-    return next(variant for variant in everything if (variant.rule, variant.compensated) == wanted)
+    return VARIANTS[row["variant"]]
 
 
 def _target(row: Row, side: str) -> float | None:

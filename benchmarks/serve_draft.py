@@ -48,7 +48,7 @@ class Files:
     def expert(self) -> Path:
         """The model that drafts."""
         plan = planned(self._bench, RATIO, DEFAULT.rule, UNITS)
-        with self._bench.expert_of(plan, DEFAULT.settings) as folder:
+        with self._bench.expert_of(plan, DEFAULT.settings(self._bench.index.family)) as folder:
             return export(folder, "gguf", QUANT, self._scratch / "expert")
 
 

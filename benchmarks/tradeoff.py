@@ -39,6 +39,8 @@ from cusprun.pruning.rules import DEFAULT_RULE
 from cusprun.records import REFIT_TARGETS, Augment, Expert, Manifest
 
 RATIO = 0.25
+OWN_OUTPUT = "output"
+"""What the refits of the first two tables aim at; the third compares the targets."""
 TARGET_RATIOS = (0.25, 0.5)
 LANGUAGE_WEIGHTS = (0.3, 1.0, 3.0, 10.0)
 FEW, MADE, MANY = 20, 80, 200
@@ -88,7 +90,7 @@ def make(options: Options, ledger: Ledger) -> str:
     rows = [row for table in ledger.tables.values() for row in table["rows"].values()]
     texts.append(
         f"{SMOLLM2.title}, ratio {RATIO} unless a row says another, rule `{DEFAULT_RULE}` with its refit, "
-        "FFN channels alone. "
+        "in the first two tables to each projection's own output, FFN channels alone. "
         f"{machine_text(rows)} Made by `{ledger.content['command']}`.\n"
     )
     return "\n".join(texts)
@@ -102,7 +104,11 @@ def fill_weights(options: Options, ledger: Ledger) -> None:
         Job(
             bench.key(RATIO, UNITS, DEFAULT_RULE, {"language": weight}),
             {"language_weight": weight},
-            partial(pruned_row, bench, PruneWishes(dimension_weights={"language": weight})),
+            partial(
+                pruned_row,
+                bench,
+                PruneWishes(dimension_weights={"language": weight}, refit_target=OWN_OUTPUT),
+            ),
         )
         for weight in (LANGUAGE_WEIGHTS[:1] if options.smoke else LANGUAGE_WEIGHTS)
     ]
@@ -155,7 +161,7 @@ def documents_row(bench: Bench, made: int) -> Row:
         "calibration_documents": len(corpora.calibration),
         "calibration_tokens": corpora.calibration_tokens,
     }
-    return {**size, **pruned_row(bench, PruneWishes())}
+    return {**size, **pruned_row(bench, PruneWishes(refit_target=OWN_OUTPUT))}
 
 
 def target_row(bench: Bench, ratio: float, target: str) -> Row:
@@ -181,7 +187,7 @@ def pruned_row(
         rule=DEFAULT_RULE,
         units=UNITS,
     )
-    with bench.expert_of(plan, wishes.settings(DEFAULT_RULE)) as folder:
+    with bench.expert_of(plan, wishes.settings(DEFAULT_RULE, bench.index.family)) as folder:
         return {"block_ratio": plan.block_ratio, **told(folder), **bench.measured(folder)}
 
 

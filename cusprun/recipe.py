@@ -122,7 +122,7 @@ def _wishes(root: Section) -> PruneWishes:
             if weights is not None and weights.has(name)
         },
         refit_target=root.take(
-            "refit_target", str, "output", lambda name: _known(name, REFIT_TARGETS, "refit target")
+            "refit_target", str, None, lambda name: _known(name, REFIT_TARGETS, "refit target")
         ),
     )
     if wishes.target_bytes is not None:
@@ -131,7 +131,7 @@ def _wishes(root: Section) -> PruneWishes:
             root.fault("target_bytes", f"'target_bytes' {wrong}")
     if wishes.dimension_weights and not refit:
         root.fault("weights", "'weights' weigh the refit, and 'refit' is false")
-    if wishes.refit_target != "output" and not refit:
+    if wishes.refit_target is not None and not refit:
         root.fault("refit_target", "'refit_target' is what the refit aims at, and 'refit' is false")
     return wishes
 

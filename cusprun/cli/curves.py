@@ -79,7 +79,7 @@ def sweep(
     units: Units = None,
     refit: Refit = True,
     weight: Weights = None,
-    refit_target: RefitTarget = "output",
+    refit_target: RefitTarget = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep every expert in the folder.")] = False,
     device: DeviceName = DEFAULT_DEVICE,
 ) -> None:

@@ -130,7 +130,7 @@ def prune(
     ] = "unit",
     refit: Refit = True,
     weight: Weights = None,
-    refit_target: RefitTarget = "output",
+    refit_target: RefitTarget = None,
     shard_size: Annotated[
         str | None, typer.Option(help="Most bytes in one weight file, like 2GB.", show_default=False)
     ] = None,

@@ -173,7 +173,7 @@ def prune(
     granularity: str = "unit",
     refit: bool = True,
     dimension_weights: Mapping[str, float] | None = None,
-    refit_target: str = "output",
+    refit_target: str | None = None,
     shard_bytes: int | None = None,
     device: str = DEFAULT_DEVICE,
     progress: Progress = SILENT,
@@ -187,7 +187,8 @@ def prune(
     stands, else the rule ``surgeon`` lets the refit choose its FFN channels again.
     ``refit`` makes good for what went, by least squares or, with the rule ``variance+bias``, by biases;
     ``dimension_weights`` says how much the documents of a dimension count in the least squares (1 each), and
-    ``refit_target`` what they aim at: ``output``, ``residual`` or ``auto`` (see ``docs/method.md``). With
+    ``refit_target`` what they aim at: ``output``, ``residual`` (the default but for Gemma 3) or ``auto`` (see
+    ``docs/method.md``). With
     ``granularity="neuron"`` single neurons of every matrix are zeroed by the rule (``paper`` unless given) in
     ``ratio``, and every shape stays. ``shard_bytes`` bounds a weight file (2 GB). ``device`` is that of
     :func:`score`. Interrupted and called again, it continues from the scores.
@@ -259,7 +260,8 @@ def prune_opened(
                 f"no document of {expert.name!r} is held out to measure a loss on; give it more documents "
                 "or a larger 'held_out'"
             )
-        if wishes.max_loss is not None and wishes.settings(wishes.chosen_rule).mode == "refit":
+        mode = wishes.settings(wishes.chosen_rule, opened.index.family).mode
+        if wishes.max_loss is not None and mode == "refit":
             unknowns = opened.index.shape.intermediate_size  # the least cut is tried
             _require_tokens(corpora, unknowns, expert, wishes.dimension_weights)
         started = time.monotonic()
@@ -298,7 +300,7 @@ def _write(
     from cusprun.pruning.folder import Provenance, write_expert
     from cusprun.pruning.plan_check import EDITED
 
-    settings = wishes.settings(made.rule, edited=made.budget == EDITED)
+    settings = wishes.settings(made.rule, opened.index.family, edited=made.budget == EDITED)
     if settings.mode == "refit":
         _require_tokens(corpora, made.after.intermediate_size, expert, wishes.dimension_weights)
     log.info("%s", plan_sentence(made))

@@ -62,7 +62,7 @@ def sweep(
     units: Sequence[str] = (),
     refit: bool = True,
     dimension_weights: Mapping[str, float] | None = None,
-    refit_target: str = "output",
+    refit_target: str | None = None,
     keep: bool = False,
     device: str = DEFAULT_DEVICE,
     progress: Progress = SILENT,
@@ -277,10 +277,18 @@ class _Job:
         rule, targets = wishes.chosen_rule, wishes.targets or DEFAULT_TARGETS
         units = check_units(wishes.units)
         made = (rule, targets, units, wishes.refit, dict(wishes.dimension_weights))
-        # As with the device, a curve of the usual target keeps the hash that it has without a word of it.
-        aimed = () if wishes.refit_target == "output" else (f"target {wishes.refit_target}",)
+        target = wishes.settings(rule, self.opened.index.family).target
         kind = self.opened.device.key
-        inputs = ("sweep", self.opened.model_hash, digest, texts, made, __version__, *aimed, *kind)
+        inputs = (
+            "sweep",
+            self.opened.model_hash,
+            digest,
+            texts,
+            made,
+            __version__,
+            f"target {target}",
+            *kind,
+        )
         return SweepReport(
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             cusprun_version=__version__,
@@ -300,7 +308,7 @@ class _Job:
             refit=wishes.refit,
             dimension_weights=dict(wishes.dimension_weights),
             device=self.opened.device.kind,
-            refit_target=wishes.refit_target,
+            refit_target=target,
             inputs_hash=key_of(*inputs),
             original=CurvePoint(0.0, 0.0, 0.0, self.opened.index.shape, 0, 0, {}, {}),
             points=(),

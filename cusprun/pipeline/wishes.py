@@ -156,7 +156,7 @@ class PruneWishes(PlanWishes):
     max_loss: float | None = None
     granularity: str = "unit"
     dimension_weights: Mapping[str, float] = field(default_factory=dict)
-    refit_target: str = "output"
+    refit_target: str | None = None
     shard_bytes: int | None = None
     stores: tuple[Path, ...] = ()
     plan: StrPath | Plan | None = None
@@ -164,7 +164,8 @@ class PruneWishes(PlanWishes):
     def check(self) -> None:
         """Refuse what cannot be before any work is done."""
         require_known(self.granularity, GRANULARITIES, "granularity")
-        require_known(self.refit_target, REFIT_TARGETS, "refit target")
+        if self.refit_target is not None:
+            require_known(self.refit_target, REFIT_TARGETS, "refit target")
         self._refuse_conflicts()
         super().check()
         if self.granularity == "neuron" and self.rule is not None:
@@ -210,11 +211,12 @@ class PruneWishes(PlanWishes):
                 f"{WEIGHT_SPAN:,.0f} times as much; bring them closer, or give 0 to what is not to count"
             )
 
-    def settings(self, rule: str, *, edited: bool = False) -> RefitSettings:
-        """Return how the last projections make good for what a rule removes.
+    def settings(self, rule: str, family: Family, *, edited: bool = False) -> RefitSettings:
+        """Return how the last projections of a family make good for what a rule removes.
 
         What a user edited by hand stays as it is.
         """
+        from cusprun.pruning.dense_stream import default_target
         from cusprun.pruning.refit import RefitSettings
         from cusprun.pruning.rules import rule_entry
 
@@ -223,7 +225,7 @@ class PruneWishes(PlanWishes):
             mode=entry.compensation if self.refit else "none",
             weights=self.dimension_weights,
             revise=entry.revised and not edited,
-            target=self.refit_target,
+            target=self.refit_target or default_target(family),
         )
 
     def check_family(self, family: Family, rule: str) -> None:
@@ -231,16 +233,17 @@ class PruneWishes(PlanWishes):
         from cusprun.pruning.biases import bias_flags
         from cusprun.pruning.dense_stream import check_target
 
-        mode = self.settings(rule).mode
+        settings = self.settings(rule, family)
+        mode = settings.mode
         if mode == "bias":
             bias_flags(family, rule)
-            if self.refit_target != "output":
+            if self.refit_target not in (None, "output"):
                 raise PlanError(
                     f"the rule {rule!r} adds biases and has no least squares to aim at "
                     f"{self.refit_target!r}; take the target 'output', or another rule"
                 )
         if mode == "refit":
-            check_target(self.refit_target, family)
+            check_target(settings.target, family)
 
     def _refuse_conflicts(self) -> None:
         given = list(self._given())
@@ -252,7 +255,7 @@ class PruneWishes(PlanWishes):
         whole_only = [name for name in given if name not in ("ratio", "rule")]
         whole_only += ["plan"] if self.plan is not None else []
         whole_only += ["weights"] if self.dimension_weights else []
-        whole_only += ["the refit target"] if self.refit_target != "output" else []
+        whole_only += ["the refit target"] if self.refit_target is not None else []
         whole_only += ["the shard size"] if self.shard_bytes is not None else []
         if self.granularity == "neuron" and whole_only:
             raise UserError(
@@ -261,7 +264,7 @@ class PruneWishes(PlanWishes):
             )
         if self.dimension_weights and not self.refit:
             raise UserError("weights of dimensions weigh the refit; leave them out, or refit")
-        if self.refit_target != "output" and not self.refit:
+        if self.refit_target is not None and not self.refit:
             raise UserError(
                 f"the target {self.refit_target!r} is what the refit aims at; leave it out, or refit"
             )

@@ -71,7 +71,7 @@ def test_biases_that_a_rule_adds_count(scored: Scored, tmp_path: Path) -> None:
     wishes = PruneWishes(target_params=round(index.num_parameters * 0.8), rule=rule)
     plan = plan_for(scored, wishes.budget(index), rule=rule)
     provenance = Provenance("tiny", "m", "c", Expert("test", {}), {})
-    out, settings = tmp_path / "e", wishes.settings(rule)
+    out, settings = tmp_path / "e", wishes.settings(rule, index.family)
     write_expert(index, plan, out, corpora=CORPORA, provenance=provenance, settings=settings, measure=False)
     written = open_checkpoint(out)
     assert "model.layers.0.self_attn.o_proj.bias" in written.tensors
@@ -93,8 +93,8 @@ def test_the_plan_s_share_of_all_parameters_is_that_of_the_written_expert(
     plan = planner.plan(wishes.budget(index))
     provenance = Provenance("tiny", "m", "c", Expert("test", {}), {})
     manifest = write_expert(
-        index, plan, tmp_path / "e", corpora=CORPORA, provenance=provenance, settings=wishes.settings(rule),
-        measure=False,
+        index, plan, tmp_path / "e", corpora=CORPORA, provenance=provenance,
+        settings=wishes.settings(rule, index.family), measure=False,
     )  # fmt: skip
     written = open_checkpoint(tmp_path / "e")
     assert wishes.target_params is not None
@@ -124,7 +124,7 @@ def test_biases_that_a_rule_adds_count_in_the_bytes_of_a_file(tmp_path: Path) ->
     wishes = PruneWishes(target_bytes=wanted, rule=rule, targets=target)
     plan = make_plan(index, store, model_hash=digest, budget=wishes.budget(index), rule=rule, targets=target)
     provenance = Provenance("tiny", digest, "c", Expert("test", {}), {})
-    out, settings = tmp_path / "e", wishes.settings(rule)
+    out, settings = tmp_path / "e", wishes.settings(rule, index.family)
     write_expert(index, plan, out, corpora=CORPORA, provenance=provenance, settings=settings, measure=False)
     cut = open_checkpoint(out)
     assert "model.layers.3.mlp.down_proj.bias" in cut.tensors

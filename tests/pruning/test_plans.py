@@ -249,15 +249,15 @@ def test_other_channels_of_the_same_number_are_an_edit_that_the_refit_leaves_alo
     assert any("chooses the FFN channels again" in reason for reason in plan.reasons)
     assert checked_plan(plan, index, digest) == plan
     wishes = PruneWishes()
-    assert wishes.settings(plan.rule, edited=False).revise
+    assert wishes.settings(plan.rule, index.family, edited=False).revise
     count = len(plan.layers[0].ffn_channels)
     first = replace(plan.layers[0], ffn_channels=Indices(range(count)))
     assert first != plan.layers[0]
     edited = checked_plan(replace(plan, layers=(first, *plan.layers[1:])), index, digest)
     assert edited.budget == EDITED
     assert edited.layers[0] == first
-    assert not wishes.settings(plan.rule, edited=True).revise
-    assert not wishes.settings("mean").revise
+    assert not wishes.settings(plan.rule, index.family, edited=True).revise
+    assert not wishes.settings("mean", index.family).revise
 
 
 def test_an_edited_plan_may_drop_a_block(scored: Scored) -> None:

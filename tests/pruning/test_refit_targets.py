@@ -246,6 +246,7 @@ def test_a_norm_behind_the_projection_refuses_the_target(target: str, tmp_path: 
     assert not (tmp_path / "expert").exists()
     PruneWishes(refit_target=target, refit=False).check_family(index.family, "mean")
     PruneWishes().check_family(index.family, "mean")
+    assert PruneWishes().settings("mean", index.family).target == "output"
 
 
 def test_names_and_wishes_that_cannot_be_are_refused(tmp_path: Path) -> None:
