@@ -130,7 +130,7 @@ def serve(
 
 def front_settings(options: ServeOptions, model: str, context_tokens: int | None) -> FrontSettings:
     """Return how the front of one model behaves."""
-    from serve.front.run import is_loopback
+    from serve.front.hosts import is_loopback
     from serve.front.settings import FrontSettings
 
     return FrontSettings(model, options.keys, context_tokens, is_loopback(options.host))
@@ -193,7 +193,7 @@ def show_output(piece: bytes) -> None:
 
 def refuse_open_door(options: ServeOptions) -> None:
     """Raise ``UserError`` when other machines could ask without a key and that was not asked for."""
-    from serve.front.run import is_loopback
+    from serve.front.hosts import is_loopback
 
     if not is_loopback(options.host) and not options.keys and not options.insecure:
         raise UserError(
