@@ -142,8 +142,8 @@ def raise_unless_served(outcome: Outcome, what: str, options: ServeOptions) -> N
         raise ServingError(f"{what}: {outcome.failure}; start it again, or with --engine-log to see more")
     if outcome.num_cut_off:
         raise ServingError(
-            f"{outcome.num_cut_off} answers were cut off when the drain of {options.drain_s:g} s ended; give "
-            "a longer --drain"
+            f"{outcome.num_cut_off} answers were cut off by the end of the drain ({options.drain_s:g} s) or "
+            "a second signal; give a longer --drain"
         )
 
 

@@ -17,6 +17,17 @@ MAX_GRAMMAR_DEPTH = 512
 _WINDOWS = ("repeat_last_n", "dry_penalty_last_n", "speculative.n_max")
 """Numbers of tokens for which llama.cpp sets memory aside: 2^31 would take 8 GB."""
 
+_INTERNAL = (
+    "grammar_triggers",
+    "grammar_lazy",
+    "preserved_tokens",
+    "chat_format",
+    "chat_parser",
+    "parse_tool_calls",
+)
+"""Fields with which llama.cpp's chat tells its sampler and parser what to do; regular expressions among them
+that are deep overflow its stack."""
+
 _SCHEMAS = ("response_format", "json_schema", "tools")
 
 
@@ -40,7 +51,14 @@ def limits(context_tokens: int) -> tuple[Refusal, ...]:
         f"a grammar must be a text of at most {MAX_GRAMMAR_CHARACTERS} characters with parentheses at most "
         f"{MAX_GRAMMAR_DEPTH} deep",
     )
-    return (*windows, *schemas, grammar)
+    internal = [
+        Refusal(name, _has(name), f"llama.cpp makes {name} itself; leave it out") for name in _INTERNAL
+    ]
+    return (*windows, *schemas, *internal, grammar)
+
+
+def _has(name: str) -> Callable[[Request], bool]:
+    return lambda request: name in request.fields
 
 
 def _is_above(name: str, limit: int) -> Callable[[Request], bool]:

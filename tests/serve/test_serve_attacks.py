@@ -95,7 +95,7 @@ def test_client_that_leaves_while_it_sends_is_no_failure() -> None:
         client.send(type="http.request", body=b"{", more_body=True)
         client.send(type="http.disconnect")
         await client.post()
-        return (await front.metrics()).body.decode()
+        return bytes((await front.metrics()).body).decode()
 
     assert 'cusprun_requests_total{status="499"} 1' in asyncio.run(run())
 

@@ -279,11 +279,21 @@ def test_requests_that_would_end_llama_cpp_are_refused(artifacts: dict[str, Path
             ("response_format", answered(10_000)),
             ("json_schema", {"json_schema": schema(10_000)}),
             ("tools", tool(10_000)),
+            ("grammar_triggers", {"grammar_triggers": [{"type": 2, "value": "(" * 100_000}]}),
         ):
             status, answer = endpoint.request(
                 "/v1/chat/completions", {"messages": messages, "max_tokens": 2, **fields}
             )
             assert (status, answer["error"]["param"]) == (400, param)
+        for wrong in (
+            {"tools": ["x"]},
+            {"tools": [{"type": "function", "function": {}}]},
+            {"reasoning_format": "x"},
+            {"messages": [{"role": "assistant", "content": None, "tool_calls": "x"}]},
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        ):
+            body = {"messages": messages, "max_tokens": 2, **wrong}
+            assert endpoint.request("/v1/chat/completions", body)[0] == 400
         for fields in (
             {"repeat_last_n": CONTEXT_TOKENS, "repeat_penalty": 1.5},
             {"grammar": "root ::= " + "(" * 500 + '"a"' + ")" * 500},
