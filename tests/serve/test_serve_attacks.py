@@ -188,6 +188,23 @@ class TestServer:
 
         self.serve(attack)
 
+    def test_body_beside_the_wish_for_another_protocol(self) -> None:
+        def attack(port: int) -> None:
+            for name, protocol in ((b"Upgrade", b"h2c"), (b"uPGRADE", b"websocket")):
+                with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+                    wish = b"Connection: Upgrade\r\n%s: %s\r\n" % (name, protocol)
+                    body = b'{"model": "m"}'
+                    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n%sContent-Length: %d\r\n\r\n"
+                    connection.sendall(head % (wish, len(body)) + body)
+                    answer = b""
+                    while b"prompt is missing" not in answer:
+                        piece = connection.recv(65536)
+                        assert piece, answer
+                        answer += piece
+                        assert b"no valid JSON" not in answer
+
+        self.serve(attack)
+
     def test_bodies_are_no_heads(self) -> None:
         def attack(port: int) -> None:
             with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
