@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
-import tempfile
+import sys
 import time
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,8 @@ from cusprun.errors import ModelError
 from serve.child_process import ChildProcess
 
 _POLL_S = 0.2
+# `python -m` imports from its current folder first: other users may put modules into a temporary one.
+_FOLDER = Path("/")
 _STOP_S = 15.0
 _GET_S = 30.0
 _REASON_CHARACTERS = 600
@@ -30,8 +33,18 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def import_path() -> str:
+    """Return this interpreter's import path as ``PYTHONPATH`` for a child that runs in another folder.
+
+    An empty or relative entry would mean the child's folder there.
+    """
+    return os.pathsep.join(map(os.path.abspath, sys.path))
+
+
 class ChildServer:
     """The server ``name`` on the artifact ``path``, ended by ``close`` or with this process.
+
+    It runs in ``/`` unless ``cwd`` says otherwise.
 
     ``noise`` are texts of lines that name an error but not its reason; ``waiting`` is called about once a
     second with the seconds that the start has taken.
@@ -62,9 +75,7 @@ class ChildServer:
         self._noise = tuple(noise)
         # No proxy of the environment may see loopback requests.
         self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        self._process = ChildProcess(
-            command, env=env, cwd=cwd or Path(tempfile.gettempdir()), patience_s=_STOP_S, echo=echo
-        )
+        self._process = ChildProcess(command, env=env, cwd=cwd or _FOLDER, patience_s=_STOP_S, echo=echo)
         try:
             self._wait(ready, start_timeout_s, waiting)
         except BaseException:

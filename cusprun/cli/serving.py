@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -79,8 +80,6 @@ def serve(
     from cusprun.pipeline.serving import serve as run
     from cusprun.pipeline.side_by_side import serve_side_by_side
 
-    if api_key is not None:
-        _hide(api_key)
     options = ServeOptions(
         host=host,
         port=port,
@@ -95,6 +94,8 @@ def serve(
         drain_s=drain,
         show_engine_log=engine_log,
     )
+    if api_key is not None:
+        _hide(options.keys)
     if before is None and after is None:
         if artifact is None:
             raise UserError("nothing to serve was named; give an artifact, or --before and --after")
@@ -123,12 +124,14 @@ def _keys(given: str | None, file: Path | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(keys))
 
 
-def _hide(key: str) -> None:
-    """Start this program over with the key in its environment, which other users of the machine cannot read.
+def _hide(keys: Sequence[str]) -> None:
+    """Start this program over with the keys in its environment, which other users of the machine cannot read.
 
-    Command lines are shown to all of them. Does nothing where the command line is not this process's own.
+    Command lines are shown to all of them. Does nothing where the command line is not this process's own. The
+    interpreter's own options, and how the program was named, stay: ``-m`` alone would import from the current
+    folder.
     """
-    words = sys.argv[1:]
+    words = sys.orig_argv[1:]
     kept: list[str] = []
     rest = iter(words)
     for word in rest:
@@ -142,5 +145,4 @@ def _hide(key: str) -> None:
         return
     sys.stdout.flush()
     sys.stderr.flush()
-    keys = "\n".join(filter(None, [key, os.environ.get(KEY_VARIABLE)]))
-    os.execve(sys.executable, [sys.executable, "-m", "cusprun", *kept], {**os.environ, KEY_VARIABLE: keys})
+    os.execve(sys.executable, [sys.executable, *kept], {**os.environ, KEY_VARIABLE: "\n".join(keys)})

@@ -130,7 +130,7 @@ def serve(
 
 def front_settings(options: ServeOptions, model: str, context_tokens: int | None) -> FrontSettings:
     """Return how the front of one model behaves."""
-    from serve.front.run import is_loopback
+    from serve.front.hosts import is_loopback
     from serve.front.settings import FrontSettings
 
     return FrontSettings(model, options.keys, context_tokens, is_loopback(options.host))
@@ -142,8 +142,8 @@ def raise_unless_served(outcome: Outcome, what: str, options: ServeOptions) -> N
         raise ServingError(f"{what}: {outcome.failure}; start it again, or with --engine-log to see more")
     if outcome.num_cut_off:
         raise ServingError(
-            f"{outcome.num_cut_off} answers were cut off when the drain of {options.drain_s:g} s ended; give "
-            "a longer --drain"
+            f"{outcome.num_cut_off} answers were cut off by the end of the drain ({options.drain_s:g} s) or "
+            "a second signal; give a longer --drain"
         )
 
 
@@ -193,7 +193,7 @@ def show_output(piece: bytes) -> None:
 
 def refuse_open_door(options: ServeOptions) -> None:
     """Raise ``UserError`` when other machines could ask without a key and that was not asked for."""
-    from serve.front.run import is_loopback
+    from serve.front.hosts import is_loopback
 
     if not is_loopback(options.host) and not options.keys and not options.insecure:
         raise UserError(

@@ -32,6 +32,13 @@ log = logging.getLogger(__name__)
 
 _FRONT_S = 60.0  # that the child may take beyond its engine
 
+# Runs in the user's folder, which may be one that was downloaded: nothing is imported from there.
+_PROGRAM = (
+    sys.executable,
+    "-c",
+    "import sys; sys.path[:] = filter(None, sys.path); from cusprun.cli import main; main()",
+)
+
 KEY_VARIABLE = "CUSPRUN_API_KEY"
 """Environment variable with a key of ``cusprun serve``."""
 
@@ -92,7 +99,7 @@ def serve_side_by_side(
 
 def _start(path: Path, options: ServeOptions, engine: str | None, key: str) -> ChildServer:
     """Start ``cusprun serve`` on one artifact, on a port of loopback."""
-    from serve.child_server import ChildServer, free_port
+    from serve.child_server import ChildServer, free_port, import_path
     from serve.engines.options import drop_output
     from serve.engines.protocol import START_TIMEOUT_S
 
@@ -105,7 +112,7 @@ def _start(path: Path, options: ServeOptions, engine: str | None, key: str) -> C
         "--drain": options.drain_s,
     }
     command = [
-        sys.executable, "-m", "cusprun", "serve", str(path.absolute()), "--port", str(port),
+        *_PROGRAM, "serve", str(path.absolute()), "--port", str(port),
         *(word for name, value in wishes.items() if value is not None for word in (name, str(value))),
         *(["--trust-remote-code"] if options.trust_remote_code else []),
         *(["--engine-log"] if options.show_engine_log else []),
@@ -116,7 +123,7 @@ def _start(path: Path, options: ServeOptions, engine: str | None, key: str) -> C
         path,
         command,
         url=f"http://127.0.0.1:{port}",
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), KEY_VARIABLE: key},
+        env={**os.environ, "PYTHONPATH": import_path(), KEY_VARIABLE: key},
         cwd=Path.cwd(),
         start_timeout_s=START_TIMEOUT_S + _FRONT_S,
         echo=show_output if options.show_engine_log else drop_output,

@@ -21,6 +21,14 @@ TOO_LONG = "context_length_exceeded"
 
 _TOO_LONG_SIGNS = ("maximum context length",)  # vLLM says so in words only
 
+_REFUSING_SIGNS = (
+    "Failed to parse tools",
+    "Failed to parse messages",
+    "Unknown reasoning format",
+    "input is not supported",
+)
+"""What llama.cpp says of requests that cannot be, with status 500."""
+
 
 class ApiError(Exception):
     """An answer other than the one asked for: a status, one sentence, and the field at fault if any."""
@@ -62,6 +70,8 @@ def from_engine(status: int, body: Any) -> ApiError:
         if found.get("type") == "exceed_context_size_error" and "n_prompt_tokens" in found:
             return too_long(int(found["n_prompt_tokens"]), int(found["n_ctx"]))
         named = code if isinstance(code, str) else None
+        if any(sign in message for sign in _REFUSING_SIGNS):
+            status = 400
         if any(sign in message for sign in _TOO_LONG_SIGNS):
             named = TOO_LONG
         return ApiError(status, message, param=param if isinstance(param, str) else None, code=named)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -22,6 +21,10 @@ MAX_STOP_CHARACTERS = 256
 MAX_SEED = 2**32 - 1  # llama.cpp and onnxruntime-genai keep 32 bits and cut the rest off
 MAX_PENALTY = 2.0
 MAX_TEMPERATURE = 2.0
+MAX_TOKEN_ID = 2**31 - 1  # engines keep 32 bits and cut the rest off
+MAX_DEPTH = 128
+
+_TOO_DEEP = f"the body is nested more than {MAX_DEPTH} deep"
 
 Check = Callable[[Any], "str | None"]
 """Returns what a value must be when it is not that, else None."""
@@ -107,12 +110,25 @@ def _object(body: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ApiError(400, f"the body is not UTF-8 (at byte {error.start})") from None
     except RecursionError:
-        raise ApiError(400, "the body is nested too deeply") from None
+        raise ApiError(400, _TOO_DEEP) from None
     except ValueError as error:
         raise ApiError(400, f"the body is no valid JSON ({error})") from None
     if not isinstance(plain, dict):
         raise ApiError(400, "the body must be a JSON object")
+    if _is_deep(plain):
+        raise ApiError(400, _TOO_DEEP)
     return plain
+
+
+def _is_deep(plain: Any) -> bool:
+    """Return whether objects and lists are more than ``MAX_DEPTH`` deep, where engines' stacks may end."""
+    level = [plain]
+    for _ in range(MAX_DEPTH):
+        inner = (part.values() if isinstance(part, dict) else part for part in level)
+        level = [part for parts in inner for part in parts if isinstance(part, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 def _of(kind: type | tuple[type, ...], name: str) -> Check:
@@ -132,7 +148,7 @@ def _whole(low: int, high: int) -> Check:
 
 def _number(low: float, high: float, *, above: bool = False) -> Check:
     def check(value: Any) -> str | None:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
         fits = is_number and low <= value <= high and not (above and value == low)
         return None if fits else f"a number {'above' if above else 'from'} {low:g} to {high:g}"
 
@@ -153,7 +169,10 @@ def _is_tokens(value: Any) -> bool:
     return (
         isinstance(value, list)
         and bool(value)
-        and all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in value)
+        and all(
+            isinstance(token, int) and not isinstance(token, bool) and 0 <= token <= MAX_TOKEN_ID
+            for token in value
+        )
     )
 
 

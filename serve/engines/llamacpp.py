@@ -12,8 +12,9 @@ from typing import Any
 
 from cusprun.errors import MissingDependencyError, ModelError, UserError, require_known
 from serve.api.requests import Request
-from serve.child_server import ChildServer, free_port
+from serve.child_server import ChildServer, free_port, import_path
 from serve.engines.llamacpp_child import VARIABLE
+from serve.engines.llamacpp_limits import limits
 from serve.engines.options import drop_output
 from serve.engines.protocol import DEFAULT_PARALLEL, EngineSettings, Running
 from serve.front.proxy import Proxy, Refusal, Upstream
@@ -61,12 +62,12 @@ def start(settings: EngineSettings) -> Running:
         [sys.executable, "-m", _NEEDED_MODULE],
         url=f"http://127.0.0.1:{port}",
         # The key and the rest travel in the environment: command lines are read by every user of a machine.
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), VARIABLE: json.dumps(plain)},
+        env={**os.environ, "PYTHONPATH": import_path(), VARIABLE: json.dumps(plain)},
         start_timeout_s=settings.start_timeout_s,
         echo=settings.echo or drop_output,
         waiting=settings.waiting,
     )
-    upstream = Upstream(server.url, key, server.failure, refusals=(SEVERAL_STREAMS,))
+    upstream = Upstream(server.url, key, server.failure, refusals=(SEVERAL_STREAMS, *limits(context)))
     return Running("llama.cpp", Proxy(upstream), _context_of(server, key), server.close)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from cusprun.errors import MissingDependencyError, UserError
 from serve.api.requests import COMPLETIONS, Request
-from serve.child_server import ChildServer, free_port
+from serve.child_server import ChildServer, free_port, import_path
 from serve.engines.options import drop_output, refuse_reserved
 from serve.engines.protocol import EngineSettings, Running
 from serve.engines.transformers_mender import PromptCounter, TransformersMender, prompt_of, sampling_of
@@ -110,7 +110,7 @@ It takes a frequency penalty for a repetition penalty.
 def _environment(num_threads: int | None) -> Mapping[str, str]:
     threads = {"OMP_NUM_THREADS": str(num_threads)} if num_threads else {}
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **offline, **threads}
+    return {**os.environ, "PYTHONPATH": import_path(), **offline, **threads}
 
 
 def _context_of(folder: Path) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cusprun.errors import UserError
+from serve.api.errors import ApiError
 from serve.api.requests import Request
 from serve.child_server import ChildServer, free_port
 from serve.engines.options import drop_output, refuse_reserved
@@ -77,8 +78,13 @@ _WITH_A_DRAFT = tuple(
 
 def _mender(request: Request) -> StopMender | None:
     """vLLM 0.32 looks for stops in the order of the list: where a token completes two, the text before the
-    one it finds first can hold the other."""
-    return StopMender(request) if len(request.stops) > 1 else None
+    one it finds first can hold the other. Logprobs come with the events of the tokens, of which the mender
+    leaves some out."""
+    if len(request.stops) < 2:
+        return None
+    if request.is_stream and request.fields.get("logprobs") not in (None, False):
+        raise ApiError(400, "a stream with logprobs takes one stop text at most", param="logprobs")
+    return StopMender(request)
 
 
 def _draft(draft: Path) -> list[str]:

@@ -7,12 +7,13 @@ import hmac
 import time
 from contextlib import suppress
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from serve.api.errors import ApiError
@@ -20,9 +21,8 @@ from serve.api.events import MEDIA_TYPE
 from serve.api.requests import CHAT, COMPLETIONS, read
 from serve.front.backend import Backend, Stream
 from serve.front.counters import LEFT, Counters, Seen
+from serve.front.hosts import is_loopback
 from serve.front.settings import FrontSettings
-
-_LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 def build_app(front: Front) -> FastAPI:
@@ -83,9 +83,9 @@ class Front:
         """
         host = http.headers.get("host", "")
         origin = http.headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _split(origin).netloc != host:
             raise ApiError(403, "requests of web pages of other hosts are refused (CORS is off)")
-        if self._settings.is_loopback and urlsplit(f"//{host}").hostname not in _LOOPBACK_NAMES:
+        if self._settings.is_loopback and not is_loopback(_split(f"//{host}").hostname or ""):
             raise ApiError(403, f"the host {host[:100]!r} is not this machine's loopback")
 
     async def require_key(self, http: HttpRequest) -> None:
@@ -106,11 +106,14 @@ class Front:
                 raise ApiError(503, "the server is shutting down")
             if self._counters.num_under_way > self._settings.max_requests:
                 raise ApiError(429, f"{self._settings.max_requests} requests are under way; try again later")
-            body = await self._body(http)
+            try:
+                body = await self._body(http)
+            except ClientDisconnect:
+                return Response(status_code=LEFT)  # nobody reads it
             request = read(http.scope["route"].path, body, default_model=self._settings.model)
             answer = await _while_connected(http, self._backend.answer(request))
             if answer is None:
-                return Response(status_code=499)  # nobody reads it
+                return Response(status_code=LEFT)  # nobody reads it
             if not isinstance(answer, Stream):
                 seen.done(200)
                 return Response(answer.body, media_type="application/json")
@@ -201,6 +204,14 @@ async def _left(http: HttpRequest) -> None:
     """Return when the client has closed its connection; the body was read, so nothing else is to come."""
     while (await http.receive())["type"] != "http.disconnect":
         pass
+
+
+def _split(url: str) -> SplitResult:
+    """Return the parts of a URL, none of one that is none."""
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return SplitResult("", "", "", "", "")
 
 
 def _answer(error: ApiError) -> JSONResponse:

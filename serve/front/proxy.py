@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from serve.api.errors import ApiError, from_engine
+from serve.api.events import event
 from serve.api.requests import Request, encode
 from serve.front.backend import Stream, Whole
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     import aiohttp
 
 _CONNECT_S = 10.0
-_REASON_BYTES = 65536
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,13 @@ class Proxy:
         body = encode(mender.request()) if mender else request.body
         answer = await self._post(request.route, body)
         try:
-            if answer.status >= 400:
-                raise from_engine(answer.status, _plain(await answer.content.read(_REASON_BYTES)))
-            if request.is_stream:
-                chunks = self._chunks(answer)
-                return Stream(mender.stream(chunks) if mender else chunks, answer.close)
-            whole = await answer.read()
+            with self._reached():
+                if answer.status >= 400:
+                    raise from_engine(answer.status, _plain(await answer.read()))
+                if request.is_stream:
+                    events = self._events(answer)
+                    return Stream(mender.stream(events) if mender else events, answer.close)
+                whole = await answer.read()
         except BaseException:
             answer.close()
             raise
@@ -92,7 +93,7 @@ class Proxy:
         """Return the engine's metrics."""
         if not self._upstream.has_metrics:
             return ""
-        with suppress(OSError):
+        with suppress(ApiError), self._reached():
             async with self._client().get(f"{self._upstream.url}/metrics", headers=self._headers()) as answer:
                 return await answer.text() if answer.status == 200 else ""
         return ""
@@ -107,27 +108,41 @@ class Proxy:
             await self._session.close()
 
     async def _post(self, route: str, body: bytes) -> aiohttp.ClientResponse:
-        try:
+        with self._reached():
             return await self._client().post(
                 f"{self._upstream.url}{route}", data=body, headers=self._headers(), allow_redirects=False
             )
-        except OSError:
-            raise self._gone() from None
 
-    async def _chunks(self, answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-        """Yield the engine's bytes; closing this closes the connection, at which engines stop their work."""
-        import aiohttp
+    async def _events(self, answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+        """Yield the engine's bytes, no part of a line, so that an error may follow wherever the engine ends.
 
+        Closing this closes the connection, at which engines stop their work.
+        """
+        rest = b""
         try:
-            async for chunk in answer.content.iter_any():
-                yield chunk
-        except (OSError, aiohttp.ClientError):
-            yield b"data: " + json.dumps(self._gone().body()).encode() + b"\n\n"
+            with self._reached():
+                async for chunk in answer.content.iter_any():
+                    whole, end, rest = (rest + chunk).rpartition(b"\n")
+                    if end:
+                        yield whole + end
+            if rest:
+                yield rest
+        except ApiError as error:
+            yield b"\n" + event(error.body())  # the blank line ends an event that the engine began
         finally:
             answer.close()
 
-    def _gone(self) -> ApiError:
-        return ApiError(503, "the engine does not answer; the server's log says why", code="engine_gone")
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
+        """Raise ``ApiError`` for an engine that cannot be reached, or ends in the middle of an answer."""
+        import aiohttp
+
+        try:
+            yield
+        except (OSError, aiohttp.ClientError):
+            raise ApiError(
+                503, "the engine does not answer; the server's log says why", code="engine_gone"
+            ) from None
 
     def _client(self) -> aiohttp.ClientSession:
         import aiohttp

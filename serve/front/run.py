@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import ipaddress
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ from fastapi import FastAPI
 
 from cusprun.errors import UserError
 from serve.front.app import Front
+from serve.front.protocol import BoundedProtocol
 
 _WATCH_S = 0.5
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -30,16 +30,6 @@ class Outcome:
 
     failure: str | None = None
     num_cut_off: int = 0
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether only this machine reaches ``host``."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -76,7 +66,19 @@ def serve_until_signal(
     After a signal, requests under way in the ``fronts`` are finished, for at most ``drain_s``; further ones
     get 503. A second signal ends at once. ``ready`` is called once the server answers.
     """
+    _listen(taken)
     return asyncio.run(_serve(app, fronts, taken, drain_s, ready))
+
+
+def _listen(taken: socket.socket) -> None:
+    """Begin to listen; raises ``UserError`` where another process that has bound the address was first."""
+    try:
+        taken.listen(_BACKLOG)
+    except OSError as error:
+        port = taken.getsockname()[1]
+        raise UserError(
+            f"port {port} cannot be listened on ({error.strerror}); give another --port"
+        ) from None
 
 
 async def _serve(
@@ -85,7 +87,7 @@ async def _serve(
     server = _Server(
         uvicorn.Config(
             app,
-            http="httptools",
+            http=BoundedProtocol,
             ws="none",
             lifespan="off",
             log_config=None,
@@ -109,17 +111,19 @@ async def _watch(
     server: _Server, fronts: Sequence[Front], drain_s: float, ready: Callable[[], None]
 ) -> Outcome:
     """Wait for what ends the server, drain, and let it end."""
-    while not server.started and not server.should_exit:
-        await asyncio.sleep(_WATCH_S / 50)
-    ready()
-    failure = None
-    while server.num_signals == 0 and failure is None:
-        await asyncio.sleep(_WATCH_S)
-        failure = next((front.failure() for front in fronts if front.failure()), None)
-    if server.num_signals:
+    try:
+        while not server.started and not server.should_exit:
+            await asyncio.sleep(_WATCH_S / 50)
+        ready()
         failure = None
-        await _drain(server, fronts, drain_s)
-    server.should_exit = True
+        while server.num_signals == 0 and failure is None:
+            await asyncio.sleep(_WATCH_S)
+            failure = next((front.failure() for front in fronts if front.failure()), None)
+        if server.num_signals:
+            failure = None
+            await _drain(server, fronts, drain_s)
+    finally:
+        server.should_exit = True  # also where ready fails: nobody else heeds signals
     return Outcome(failure, sum(front.num_under_way for front in fronts))
 
 

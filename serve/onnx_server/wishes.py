@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -126,6 +126,6 @@ def _top_k(fields: Mapping[str, Any], vocab_size: int) -> int:
 
 def _positive(fields: Mapping[str, Any], name: str, default: float) -> float:
     value = fields.get(name, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
         raise ApiError(400, f"{name} must be a number above 0", param=name)
     return float(value)

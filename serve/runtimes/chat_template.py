@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
-from cusprun.errors import ModelError
+from cusprun.errors import ModelError, reason_of
 from cusprun.records import Message
 
 
@@ -38,8 +38,8 @@ def render_template(source: str, messages: Sequence[Message], bos_text: str, eos
             bos_token=bos_text,
             eos_token=eos_text,
         )
-    except jinja2.TemplateError as error:
-        raise ModelError(f"the chat template refuses these messages ({error})") from None
+    except Exception as error:  # a template's own code may raise anything
+        raise ModelError(f"the chat template refuses these messages ({reason_of(error)})") from None
 
 
 def _to_json(value: Any, indent: int | None = None) -> str:

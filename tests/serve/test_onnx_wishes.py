@@ -22,7 +22,6 @@ REFUSED = {
     "logit_bias": {"1": 5},
     "tools": [{"type": "function"}],
     "response_format": {"type": "json_object"},
-    "ignore_eos": True,
     "top_k": 1.5,
     "repetition_penalty": 0,
     "topk": 5,

@@ -251,3 +251,59 @@ class TestVllm:
             (broken / file.name).write_bytes(data[:1000] if file.suffix == ".safetensors" else data)
         line = refused(str(broken), "--engine", "vllm")
         assert str(broken) in line
+
+
+def test_requests_that_would_end_llama_cpp_are_refused(artifacts: dict[str, Path]) -> None:
+    """Each of them ended it: by the memory that it takes, or by the depth of its parsers' stacks."""
+
+    def schema(num_references: int) -> dict[str, object]:
+        steps = {f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(num_references)}
+        definitions = {**steps, f"a{num_references}": {"type": "string"}}
+        return {"$ref": "#/$defs/a0", "$defs": definitions}
+
+    def answered(num_references: int) -> dict[str, object]:
+        form = {"type": "json_schema", "json_schema": {"schema": schema(num_references)}}
+        return {"response_format": form}
+
+    def tool(num_references: int) -> dict[str, object]:
+        function = {"name": "f", "parameters": schema(num_references)}
+        return {"tools": [{"type": "function", "function": function}], "tool_choice": "required"}
+
+    messages = [{"role": "user", "content": PROMPT}]
+    with serving(gguf(artifacts), "--context", str(CONTEXT_TOKENS)) as endpoint:
+        for param, fields in (
+            ("repeat_last_n", {"repeat_last_n": 2**31 - 1, "repeat_penalty": 1.5}),
+            ("dry_penalty_last_n", {"dry_penalty_last_n": 2**31 - 1, "dry_multiplier": 1.0}),
+            ("grammar", {"grammar": "root ::= " + "(" * 1_000_000}),
+            ("grammar", {"grammar": "root ::= " + "(" * 40_000}),
+            ("response_format", answered(10_000)),
+            ("json_schema", {"json_schema": schema(10_000)}),
+            ("tools", tool(10_000)),
+            ("grammar_triggers", {"grammar_triggers": [{"type": 2, "value": "(" * 100_000}]}),
+        ):
+            status, answer = endpoint.request(
+                "/v1/chat/completions", {"messages": messages, "max_tokens": 2, **fields}
+            )
+            assert (status, answer["error"]["param"]) == (400, param)
+        for wrong in (
+            {"tools": ["x"]},
+            {"tools": [{"type": "function", "function": {}}]},
+            {"reasoning_format": "x"},
+            {"messages": [{"role": "assistant", "content": None, "tool_calls": "x"}]},
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        ):
+            body = {"messages": messages, "max_tokens": 2, **wrong}
+            assert endpoint.request("/v1/chat/completions", body)[0] == 400
+        for fields in (
+            {"repeat_last_n": CONTEXT_TOKENS, "repeat_penalty": 1.5},
+            {"grammar": "root ::= " + "(" * 500 + '"a"' + ")" * 500},
+            answered(1_800),
+            tool(1_500),
+        ):
+            body = {"messages": messages, "max_tokens": 2, **fields}
+            assert endpoint.request("/v1/chat/completions", body)[0] == 200
+
+
+def test_empty_key_is_refused(artifacts: dict[str, Path]) -> None:
+    assert "not empty" in refused(gguf(artifacts), "--api-key", "")
+    assert "API key must" in refused(gguf(artifacts), "--api-key", "two\nkeys")
