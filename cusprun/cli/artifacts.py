@@ -81,6 +81,8 @@ def export(
     typer.echo(f"wrote {path}")
     if prove:
         typer.echo(f"it computes the same as {folder}: {path}.parity.json")
+    else:
+        typer.echo("it is not proven: --no-verify; `cusprun verify` proves it later")
 
 
 def verify(
