@@ -10,8 +10,8 @@ file inside an installed Python package.
 ``score``           a model and an expert to a store of impacts, of units or of single neurons
 ``plan``            impacts to the shape and the units that survive
 ``prune``           a model and an expert to a smaller model
-``export``          a Hugging Face folder to a GGUF file, proven equal
-``verify``          the proof alone, for files that exist
+``export``          a Hugging Face folder to GGUF, ONNX or a folder for vLLM, proven equal
+``verify``          the proof alone, for exports that exist
 ``evaluate``        perplexity and agreement on held-out documents, and scores on tasks
 ``bench``           latency, speed and memory of two models side by side
 ``overlap``         how much the irrelevant sets of languages, domains and tasks share

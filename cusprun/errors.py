@@ -107,11 +107,23 @@ def reason_of(error: BaseException) -> str:
 
 
 def require_known(name: str, known: Iterable[str], what: str, error: type[UserError] = UserError) -> None:
-    """Raise ``error`` when ``name`` is not among ``known``, listing them and the nearest one."""
+    """Raise ``error`` when ``name`` is not among ``known``, listing them and the nearest one.
+
+    Of more than 40 only the eight nearest are listed, so that the sentence stays one.
+    """
     require_kind(name, str, f"the {what}", error)
     names = sorted(known)
-    if name not in names:
-        raise error(f"unknown {what} {name!r}{nearest(name, names)} (known: {', '.join(names)})")
+    if name in names:
+        return
+    listed = f"known: {', '.join(names)}"
+    if len(names) > _MOST_LISTED:
+        near = difflib.get_close_matches(name, names, n=_NEAREST_LISTED, cutoff=0.0)
+        listed = f"of {len(names)} known ones the nearest: {', '.join(near)}"
+    raise error(f"unknown {what} {name!r}{nearest(name, names)} ({listed})")
+
+
+_MOST_LISTED = 40
+_NEAREST_LISTED = 8
 
 
 _KINDS: Mapping[type, tuple[type, str, str]] = {

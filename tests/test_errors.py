@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cusprun.errors import nearest, reason_of
+from cusprun.errors import UserError, nearest, reason_of, require_known
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,14 @@ def test_nearest_minds_no_case_and_keeps_the_spelling(given: str, known: tuple[s
 )
 def test_reason_is_one_line_that_says_something(text: str, reason: str) -> None:
     assert reason_of(ValueError(text)) == reason
+
+
+def test_an_unknown_name_among_many_lists_the_nearest_few() -> None:
+    many = [f"option_{number:03d}" for number in range(200)]
+    with pytest.raises(
+        UserError, match=r"unknown option 'n_bach'; did you mean 'n_batch'\? \(of 201 known"
+    ) as caught:
+        require_known("n_bach", [*many, "n_batch"], "option")
+    assert len(str(caught.value)) < 250
+    with pytest.raises(UserError, match=r"\(known: a, b\)"):
+        require_known("c", ["b", "a"], "option")

@@ -20,7 +20,14 @@ def register(app: typer.Typer) -> None:
 
 
 def export(
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="Model to export.", show_default=False)],
+    folder: Annotated[
+        str,
+        typer.Argument(
+            metavar="DIR",
+            help="Model to export: folder, hub id, GGUF file or package:NAME.",
+            show_default=False,
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="File (gguf) or folder to write.", show_default=False)],
     to: Annotated[str, typer.Option(help="Format: gguf, onnx or vllm.")] = "gguf",
     quant: Annotated[
@@ -74,6 +81,8 @@ def export(
     typer.echo(f"wrote {path}")
     if prove:
         typer.echo(f"it computes the same as {folder}: {path}.parity.json")
+    else:
+        typer.echo("it is not proven: --no-verify; `cusprun verify` proves it later")
 
 
 def verify(

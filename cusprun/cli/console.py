@@ -122,13 +122,20 @@ class ConsoleProgress:
             if moment - said >= (_LINE_EVERY_S if said > started else SHORT_S) and 0 < done_so_far < total:
                 said = moment
                 share = done_so_far / total
-                text = f"{name}: {share:.0%} of {total:,} {unit}".rstrip()
+                text = f"{name}: {share:.0%} of {total:,} {_several(unit)}".rstrip()
                 # Before that, start-up costs make the estimate useless.
                 if share >= _MIN_SHARE_FOR_ESTIMATE:
                     text += f", {duration((moment - started) * (1 - share) / share)} left"
                 self._console.print(text, markup=False)
 
         yield advance
+
+
+def _several(unit: str) -> str:
+    """Return the plural of a unit of a stage; signs such as MiB have none."""
+    if not unit.islower():
+        return unit
+    return f"{unit}es" if unit.endswith("ch") else f"{unit}s"
 
 
 def duration(seconds: float) -> str:

@@ -35,7 +35,10 @@ from cusprun.walk.device import DEFAULT_DEVICE
 ScorePaths = Annotated[
     list[str] | None,
     typer.Option(
-        "--scores", metavar="STORE", help="Store of scores; repeat to join several.", show_default=False
+        "--scores",
+        metavar="STORE",
+        help="Store that `cusprun score` wrote; repeat or separate by commas to join several.",
+        show_default=False,
     ),
 ]
 

@@ -26,7 +26,9 @@ def serve(
     artifact: Annotated[
         str | None,
         typer.Argument(
-            metavar="ARTIFACT", help="GGUF file, ONNX folder or model folder.", show_default=False
+            metavar="ARTIFACT",
+            help="GGUF file, ONNX folder, model folder or hub id.",
+            show_default=False,
         ),
     ] = None,
     engine_options: Annotated[
@@ -35,17 +37,26 @@ def serve(
     ] = None,
     engine: Annotated[
         str | None,
-        typer.Option(help="vllm, llamacpp, transformers or onnx; else by kind.", show_default=False),
+        typer.Option(
+            help="vllm, llamacpp, transformers or onnx; by default what suits the artifact.",
+            show_default=False,
+        ),
     ] = None,
     draft: Annotated[
         str | None,
-        typer.Option(help="Artifact whose model drafts for this one: its expert.", show_default=False),
+        typer.Option(
+            help="Smaller artifact, such as the expert of this one, that guesses tokens ahead for it.",
+            show_default=False,
+        ),
     ] = None,
     before: Annotated[
         str | None,
-        typer.Option(help="Serve this beside --after, with a page that asks both.", show_default=False),
+        typer.Option(
+            help="Instead of ARTIFACT: serve this beside --after, with a page that asks both.",
+            show_default=False,
+        ),
     ] = None,
-    after: Annotated[str | None, typer.Option(help="See --before.", show_default=False)] = None,
+    after: Annotated[str | None, typer.Option(help="Serve this beside --before.", show_default=False)] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 for a free one.")] = 8000,
     api_key: Annotated[
@@ -60,14 +71,18 @@ def serve(
     ] = None,
     insecure: Annotated[bool, typer.Option(help="Serve other machines without a key.")] = False,
     context: Annotated[
-        int | None, typer.Option(help="Tokens of the longest prompt with its answer.", show_default=False)
+        int | None,
+        typer.Option(help="Tokens that a prompt and its answer may have together.", show_default=False),
     ] = None,
     parallel: Annotated[
         int | None, typer.Option(help="Requests that are worked on at once.", show_default=False)
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of the engine.", show_default=False)] = None,
     name: Annotated[
-        str | None, typer.Option(help="Name that clients call the model.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Name that clients call the model; the file's or folder's unless given.", show_default=False
+        ),
     ] = None,
     drain: Annotated[float, typer.Option(help="Seconds that answers may go on after SIGTERM.")] = 30.0,
     engine_log: Annotated[bool, typer.Option(help="Show what the engine prints.")] = False,
@@ -103,7 +118,9 @@ def serve(
         return
     if before is None or after is None or draft is not None or name is not None:
         raise UserError("--before and --after go together, and without --draft and --name")
-    # With both, there is no artifact before the engine's options.
+    if artifact is not None and not artifact.startswith("-"):
+        raise UserError(f"--before and --after name what is served; leave out {artifact!r}")
+    # With both, the first of the engine's options stands where an artifact would.
     options = replace(options, engine_options=(*filter(None, [artifact]), *options.engine_options))
     serve_side_by_side(before, after, options, engine=engine, ready=typer.echo, progress=ConsoleProgress())
 
@@ -116,7 +133,8 @@ def _keys(given: str | None, file: Path | None) -> tuple[str, ...]:
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"the key file {file} cannot be read ({error}); check the path") from None
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"the key file {file} cannot be read ({reason}); check the path") from None
         found = [line.strip() for line in lines if line.strip()]
         if not found:
             raise UserError(f"the key file {file} holds no key; write one a line")

@@ -234,6 +234,8 @@ def _read_pattern(pattern: Path) -> Iterator[Row]:
     except (OSError, ValueError):  # too long for a name, or no pattern either
         found = []
     if not found:
+        if any(sign in str(pattern.absolute().relative_to(base)) for sign in "*?["):
+            raise CorpusError(f"no corpus file matches {pattern!s:.200}; check the path and the pattern")
         raise CorpusError(f"the corpus file {pattern!s:.200} does not exist; check the path")
     for path in found:
         yield from read_file(path)

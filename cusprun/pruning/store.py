@@ -223,10 +223,14 @@ def open_store(folders: Path | Sequence[Path]) -> ImpactStore:
     """
     paths = (folders,) if isinstance(folders, Path) else tuple(folders)
     if not paths:
-        raise StoreError("no store was given; make one with `cusprun score`")
+        raise StoreError(
+            "no store of scores was given; make one with `cusprun score` and name it (--scores STORE)"
+        )
     for path in paths:
+        if not path.exists():
+            raise StoreError(f"{path} does not exist; check the path, or make it with `cusprun score`")
         if not (path / STORE_FILE).is_file():
-            raise StoreError(f"{path} is not an impact store; make one with `cusprun score`")
+            raise StoreError(f"{path} is not a store of scores; make one with `cusprun score`")
     _refuse_doubles(paths)
     infos = tuple(load_json(StoreInfo, path / STORE_FILE, StoreError) for path in paths)
     tokens: dict[str, tuple[str, Path]] = {}

@@ -45,7 +45,7 @@ def test_overlap_of_scores_as_table_json_and_picture(work, cusprun) -> None:
         (("store", "--rule", "papre"), "'paper'"),
         (("store", "--plot", "o.jpeg"), ".png or .svg"),
         (("store", "store"), "given twice"),
-        (("model",), "not an impact store"),
+        (("model",), "not a store of scores"),
         (("alone",), "one dimension"),
     ],
 )

@@ -41,10 +41,10 @@ def test_a_log_gets_a_line_now_and_then_and_one_at_the_end(clock) -> None:
             advance(1)
     lines = stream.getvalue().splitlines()
     assert lines == [
-        "scoring: 4% of 100 batch",
-        "scoring: 34% of 100 batch, 33 s left",
-        "scoring: 64% of 100 batch, 18 s left",
-        "scoring: 94% of 100 batch, 3.0 s left",
+        "scoring: 4% of 100 batches",
+        "scoring: 34% of 100 batches, 33 s left",
+        "scoring: 64% of 100 batches, 18 s left",
+        "scoring: 94% of 100 batches, 3.0 s left",
         "scoring: done in 50 s",
     ]
 

@@ -154,6 +154,7 @@ def test_bad_files(tmp_path: Path, name: str, content: bytes, part: str) -> None
 
 def test_missing_file(tmp_path: Path) -> None:
     assert "does not exist" in refusal(tmp_path / "a.jsonl")
+    assert "no corpus file matches" in refusal(tmp_path / "*.jsonl")
     assert all(suffix == suffix.lower() for suffix in READERS)
 
 

@@ -296,8 +296,10 @@ def test_bad_stores(tmp_path: Path) -> None:
         api.overlap(one)
     with pytest.raises(StoreError, match="given twice"):
         api.overlap([one, two, tmp_path / "two" / ".." / "one"])
-    with pytest.raises(StoreError, match="not an impact store"):
+    with pytest.raises(StoreError, match="not a store of scores"):
         api.overlap([one, tmp_path])
+    with pytest.raises(StoreError, match="nowhere does not exist"):
+        api.overlap([one, tmp_path / "nowhere"])
     (two / layer_file(1)).write_bytes(b"no")
     with pytest.raises(StoreError, match="cannot be read"):
         api.overlap([one, two])

@@ -109,6 +109,10 @@ class TestKeys:
         (tmp_path / "keys").write_text(text, encoding="utf-8")
         assert "holds no key" in refused(gguf(artifacts), "--api-key-file", str(tmp_path / "keys"))
 
+    def test_file_that_is_not_there_is_refused(self, artifacts: dict[str, Path], tmp_path: Path) -> None:
+        line = refused(gguf(artifacts), "--api-key-file", str(tmp_path / "keys"))
+        assert "cannot be read (No such file or directory)" in line
+
 
 class TestRefusals:
     def test_nothing_named_and_half_a_pair(self, artifacts: dict[str, Path]) -> None:
@@ -117,6 +121,11 @@ class TestRefusals:
         assert "go together" in refused(
             "--before", gguf(artifacts), "--after", gguf(artifacts), "--name", "x"
         )
+
+    def test_a_pair_and_an_artifact(self, artifacts: dict[str, Path]) -> None:
+        pair = ("--before", gguf(artifacts), "--after", gguf(artifacts))
+        assert "leave out 'another.gguf'" in refused("another.gguf", *pair)
+        assert "n_bach" in refused(*pair, "--", "--n-bach", "64")
 
     def test_port_in_use(self, artifacts: dict[str, Path]) -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken:
