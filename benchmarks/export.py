@@ -18,7 +18,7 @@ from typing import Any
 from experts import EXPERTS, GEMMA3, SMOLLM2, BenchModel
 from export_speed import random_model, speed_row
 from measuring import Bench, Job, Ledger, Options, Row, machine_text, run
-from quality import OWN_OUTPUT, UNITS, planned
+from quality import DEFAULT, UNITS, planned
 
 from cusprun.checkpoint.index import open_checkpoint
 from cusprun.codec import to_plain
@@ -69,8 +69,8 @@ def make(options: Options, ledger: Ledger) -> str:
 @contextmanager
 def _folders(bench: Bench) -> Iterator[Mapping[str, Path]]:
     """Yield the folders of original and expert; the expert is written for this."""
-    plan = planned(bench, RATIO, OWN_OUTPUT.rule, UNITS)
-    with bench.expert_of(plan, OWN_OUTPUT.settings(bench.index.family)) as expert:
+    plan = planned(bench, RATIO, DEFAULT.rule, UNITS)
+    with bench.expert_of(plan, DEFAULT.settings(bench.index.family)) as expert:
         yield {"original": bench.index.folder, "expert": expert}
 
 

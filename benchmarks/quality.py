@@ -82,13 +82,13 @@ class Variant:
 DEFAULT = Variant(DEFAULT_RULE, True, f"{DEFAULT_RULE}, refit (the default)")
 FLAP = Variant("variance+bias", True, "variance+bias (FLAP)")
 PUBLISHED = Variant("paper", False, "paper, no refit (the published rule)")
-OWN_OUTPUT = Variant(DEFAULT_RULE, True, f"{DEFAULT_RULE}, refit to each projection's own output", "output")
+STREAM = Variant(DEFAULT_RULE, True, f"{DEFAULT_RULE}, refit to the original's stream", "residual")
 VARIANTS = {
     "default": DEFAULT,
     "flap": FLAP,
     "published": PUBLISHED,
-    "own output": OWN_OUTPUT,
-    "mean": Variant("mean", True, "mean, refit to each projection's own output", "output"),
+    "stream": STREAM,
+    "mean": Variant("mean", True, "mean, refit"),
     "mean alone": Variant("mean", False, "mean, no refit"),
 }
 EVERYWHERE = ("default", "flap", "published")
@@ -116,24 +116,22 @@ def fill_table(name: str, model: BenchModel, expert: BenchExpert, options: Optio
     bench = Bench.of(model, options.expert(expert), options, options.scratch / name)
     jobs = []
     for ratio in (0.25,) if options.smoke else RATIOS:
-        for called in (*EVERYWHERE, *_own_output(bench.index.family), *AT.get((name, ratio), ())):
+        for called in (*EVERYWHERE, *_stream(bench.index.family), *AT.get((name, ratio), ())):
             variant = VARIANTS[called]
-            exported = name == PARITY_TABLE and ratio == PARITY_RATIO and variant is DEFAULT
-            target = variant.settings(bench.index.family).target
+            exported = name == PARITY_TABLE and ratio == PARITY_RATIO and variant in (DEFAULT, STREAM)
             inputs = (
                 *(ratio, UNITS, variant.rule, variant.compensated),
                 *(PARITY_QUANTS if exported else ()),
-                *([target] if variant is DEFAULT and target != "output" else ()),
+                *([variant.target] if variant.target else ()),
             )
             label = {"ratio": ratio, "variant": called, "rule": variant.rule}
             jobs.append(Job(bench.key(*inputs), label, partial(variant_row, bench, ratio, variant, exported)))
     ledger.finish(name, jobs, partial(described, bench), fresh=options.fresh, device=options.device)
 
 
-def _own_output(family: Family) -> tuple[str, ...]:
-    """Name the variant that aims at another target than the family's own; none where both are one."""
-    differs = DEFAULT.settings(family).target != OWN_OUTPUT.settings(family).target
-    return ("own output",) if differs else ()
+def _stream(family: Family) -> tuple[str, ...]:
+    """Name the variant that aims at the stream, where a family has a use for that."""
+    return () if family.normalises_outputs else ("stream",)
 
 
 def described(bench: Bench) -> Row:
@@ -289,7 +287,7 @@ def _target(row: Row, side: str) -> float | None:
 
 def parity_text(rows: Any) -> str:
     """Say how close the exports are, where they were made."""
-    reports = [report for row in rows for report in row.get("export_parity", ())]
+    reports = [report for row in rows if _variant(row) is DEFAULT for report in row.get("export_parity", ())]
     if not reports:
         return ""
     texts = []

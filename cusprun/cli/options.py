@@ -83,9 +83,8 @@ Weights = Annotated[
 RefitTarget = Annotated[
     str | None,
     typer.Option(
-        help="What the refit aims at: residual, the original's stream behind a projection (the default, but "
-        "for Gemma 3); output, what the projection gave; auto, the better of both on calibration documents "
-        "set apart.",
+        help="What the refit aims at: output, what a projection gave (the default); residual, the original's "
+        "stream behind it; auto, the better of both on calibration documents set apart.",
         show_default=False,
     ),
 ]

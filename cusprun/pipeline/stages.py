@@ -187,7 +187,7 @@ def prune(
     stands, else the rule ``surgeon`` lets the refit choose its FFN channels again.
     ``refit`` makes good for what went, by least squares or, with the rule ``variance+bias``, by biases;
     ``dimension_weights`` says how much the documents of a dimension count in the least squares (1 each), and
-    ``refit_target`` what they aim at: ``output``, ``residual`` (the default but for Gemma 3) or ``auto`` (see
+    ``refit_target`` what they aim at: ``output`` (the default), ``residual`` or ``auto`` (see
     ``docs/method.md``). With
     ``granularity="neuron"`` single neurons of every matrix are zeroed by the rule (``paper`` unless given) in
     ``ratio``, and every shape stays. ``shard_bytes`` bounds a weight file (2 GB). ``device`` is that of

@@ -72,6 +72,10 @@ def _require_kinds(wishes: Mapping[str, object]) -> None:
             require_kind(value, _KINDS[name], name)
 
 
+DEFAULT_REFIT_TARGET = "output"
+"""What the refit aims at: `residual` keeps more of some experts and far less of others (docs/method.md)."""
+
+
 @dataclass(frozen=True)
 class PlanWishes:
     """What a plan is to be; no budget at all means the default ratio, no units the default kinds."""
@@ -215,35 +219,37 @@ class PruneWishes(PlanWishes):
         """Return how the last projections of a family make good for what a rule removes.
 
         What a user edited by hand stays as it is.
+
+        Raises:
+            PlanError: the family has no use for the refit target.
         """
-        from cusprun.pruning.dense_stream import default_target
+        from cusprun.pruning.dense_stream import check_target
         from cusprun.pruning.refit import RefitSettings
         from cusprun.pruning.rules import rule_entry
 
         entry = rule_entry(rule)
+        mode = entry.compensation if self.refit else "none"
+        target = self.refit_target or DEFAULT_REFIT_TARGET
+        if mode == "refit":
+            check_target(target, family)
         return RefitSettings(
-            mode=entry.compensation if self.refit else "none",
+            mode=mode,
             weights=self.dimension_weights,
             revise=entry.revised and not edited,
-            target=self.refit_target or default_target(family),
+            target=target,
         )
 
     def check_family(self, family: Family, rule: str) -> None:
         """Raise ``PlanError`` when a family has no place for what a rule adds, or no use for the target."""
         from cusprun.pruning.biases import bias_flags
-        from cusprun.pruning.dense_stream import check_target
 
-        settings = self.settings(rule, family)
-        mode = settings.mode
-        if mode == "bias":
+        if self.settings(rule, family).mode == "bias":
             bias_flags(family, rule)
             if self.refit_target not in (None, "output"):
                 raise PlanError(
                     f"the rule {rule!r} adds biases and has no least squares to aim at "
                     f"{self.refit_target!r}; take the target 'output', or another rule"
                 )
-        if mode == "refit":
-            check_target(settings.target, family)
 
     def _refuse_conflicts(self) -> None:
         given = list(self._given())

@@ -32,11 +32,6 @@ def check_target(target: str, family: Family) -> None:
         )
 
 
-def default_target(family: Family) -> str:
-    """Return what the refit of a family aims at unless told: ``residual`` where that is possible."""
-    return "output" if family.normalises_outputs else "residual"
-
-
 class DenseStream:
     """Moves the documents through the whole model, one block at a time; made by :func:`dense_stream`."""
 

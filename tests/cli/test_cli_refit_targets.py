@@ -30,7 +30,7 @@ def test_every_target_makes_an_expert_that_says_what_it_aimed_at(work, cusprun) 
         name: Path(name, "model.safetensors").read_bytes()
         for name in ("output", "residual", "auto", "default")
     }
-    assert weights["default"] == weights["residual"] != weights["output"]
+    assert weights["default"] == weights["output"] != weights["residual"]
     for target in ("output", "residual"):
         assert manifest_of(target).refit_target == target
         assert "refit_target" not in manifest_of(target).measurements
@@ -51,10 +51,10 @@ def test_a_curve_of_another_target_is_another_curve(work, cusprun) -> None:
     report = load_json(SweepReport, Path("curve/sweep.json"))
     assert report.refit_target == "residual"
     assert "target: residual" in Path("curve/sweep.md").read_text()
-    outcome = cusprun(*SWEEP, "--ratios", "0.4", "--refit-target", "output")
+    outcome = cusprun(*SWEEP, "--ratios", "0.4")
     assert outcome.code == 2
     assert "refit_target" in outcome.err
-    assert cusprun(*SWEEP, "--ratios", "0.4").code == 0, "residual is the default of this family"
+    assert cusprun(*SWEEP, "--ratios", "0.4", "--refit-target", "residual").code == 0
 
 
 @pytest.mark.parametrize(
