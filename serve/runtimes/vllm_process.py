@@ -162,8 +162,15 @@ class VllmProcess:
             with self._open(route, request) as answer:
                 for line in answer:
                     data = line.removeprefix(b"data:").strip()
-                    if line.startswith(b"data:") and data != b"[DONE]":
-                        yield json.loads(data)
+                    if not line.startswith(b"data:") or data == b"[DONE]":
+                        continue
+                    event = json.loads(data)
+                    if "error" in event:
+                        reason = _reason_of(data)
+                        raise ModelError(
+                            f"{self._folder}: vLLM failed ({reason}); {self._server.last_words()}"
+                        )
+                    yield event
         except OSError as error:
             raise self._gone(error) from None
 

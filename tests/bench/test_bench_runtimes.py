@@ -83,9 +83,13 @@ def test_onnx(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.vllm
-def test_vllm(folder: Path, tmp_path: Path) -> None:
+def test_vllm(tmp_path: Path) -> None:
+    from tiny_exports import make_folder
+    from tiny_vllm import FAMILIES
+
     from exporters.registry import format_of
 
+    folder = make_folder(tmp_path / "tiny", FAMILIES["qwen3"])
     out = format_of("vllm").export(folder, tmp_path / "m-vllm", quant="float32")
     (suite,) = bench([Target("vllm", out, out)], FAST).suites
     require_whole(suite)
