@@ -115,7 +115,10 @@ class TestCollect:
         assert one.bodies == other.bodies
         for number in range(2):
             first, later = (run for run in runs if run.round == number)
-            assert [r.sent_s for r in first.requests] == pytest.approx([r.sent_s for r in later.requests])
+            due = arrivals(3.0, 8, options.seed, f"{number}/0")
+            assert [r.sent_s for r in first.requests] == pytest.approx(due)
+            assert [r.sent_s for r in later.requests] == pytest.approx(due)
+            assert first.summary.requests_per_second == pytest.approx(8 / (due[-1] + 1))
 
     def test_a_client_that_keeps_no_schedule_is_said_to_be_the_bottleneck(self) -> None:
         options = LoadOptions(rates=(50.0,), requests=30, output_tokens=3)

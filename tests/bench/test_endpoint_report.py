@@ -335,7 +335,7 @@ class TestReport:
             report = report_of([run_of(0, 0, list(requests))])
             return to_text(load_tables(replace(report, **changes)))
 
-        assert "an event holds 10.0 tokens on average" in text(bundled, bundled)
+        assert "an event with text holds up to 10.0 tokens on average" in text(bundled, bundled)
         assert "the client itself was the bottleneck" in text(late, late)
         assert "does not state how many tokens" in text(unknown, unknown)
         assert "tokens counted by t.json" in text(counted, counted, tokenizer="t.json")

@@ -48,8 +48,9 @@ async def collect(
     for number, level, endpoint in turns(len(clients), options.levels, rounds, options.seed):
         key = f"{number}/{level}"
         prompts = work.prompts.draw(options.requests, f"{key}/{twins[endpoint]}")
-        run = await _run_level(clients[endpoint], options, options.levels[level], prompts, key, advance)
-        keep(_reduce(run, endpoint, options.levels[level], number, work))
+        began_s = clients[endpoint].clock()
+        seen = await _run_level(clients[endpoint], options, options.levels[level], prompts, key, advance)
+        keep(_reduce(seen, began_s, endpoint, options.levels[level], number, work))
 
 
 async def _run_level(
@@ -67,12 +68,11 @@ async def _run_level(
 
 
 def _reduce(
-    timelines: Sequence[Timeline], endpoint: int, level: Level, number: int, work: Workload
+    seen: Sequence[Timeline], began_s: float, endpoint: int, level: Level, number: int, work: Workload
 ) -> LevelRun:
     """Turn what was seen into records, after the run: counting tokens takes time that the requests need."""
-    start_s = min(seen.sent_s for seen in timelines)
-    duration_s = max(seen.end_s for seen in timelines) - start_s
+    duration_s = max(one.end_s for one in seen) - began_s
     options = work.options
-    records = tuple(judge(seen, options.output_tokens, start_s, work.count_tokens) for seen in timelines)
+    records = tuple(judge(one, options.output_tokens, began_s, work.count_tokens) for one in seen)
     summary = summarise(records, duration_s, options.requests, options)
     return LevelRun(endpoint, level, number, duration_s, records, summary)

@@ -156,8 +156,8 @@ class Endpoint:
 class RequestRecord:
     """One request; how its times are defined stands in ``serve.bench.endpoint.timeline``.
 
-    ``sent_s`` counts from the start of its level's run; ``lateness_ms`` is how much later than due the client
-    sent it. What was not seen is None, or empty. ``output_tokens`` come from ``usage`` or ``tokenizer``, as
+    ``sent_s`` counts from the beginning of its level's run; ``lateness_ms`` is how much later than due the
+    client sent it. What was not seen is None, or empty. ``output_tokens`` come from ``usage`` or ``tokenizer``, as
     ``tokens_from`` says; where neither counts they are None, and never taken from ``content_chunks``.
     """
 
@@ -188,8 +188,8 @@ class Quantiles:
 class LevelSummary:
     """What one or more runs of a level showed; only requests with the status ``ok`` are timed.
 
-    ``duration_s`` is from the first request's sending to the end of the last; rates are per second of it.
-    Token rates and goodput are None where token counts that they need are unknown, and goodput where no
+    ``duration_s`` is from the beginning of the load to the end of the last request; rates are per second of
+    it. Token rates and goodput are None where token counts that they need are unknown, and goodput where no
     target was set. ``failures`` counts requests by status, ``unsent`` those that were not sent because the
     endpoint hung. ``client_was_late``: the client itself was too busy to keep to its schedule, so that the
     level's latencies are partly its own.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from serve.bench.endpoint.records import (
@@ -62,34 +62,36 @@ def load_tables(report: EndpointReport) -> tuple[LoadTable, ...]:
 def _level_table(report: EndpointReport, place: int) -> LoadTable:
     endpoint = report.endpoints[place]
     has_goal = _has_goal(report.options)
-    columns = [
-        "load", "requests/s", "tokens/s", "first token ms", "inter-token ms", "per token ms", "end to end ms"
-    ]  # fmt: skip
-    if has_goal:
-        columns.append("good/s")
     own = [result for result in report.results if result.endpoint == place]
+    goal = ("good/s",) if has_goal else ()
     return LoadTable(
         title=f"{letter(place)}: {endpoint.model} at {endpoint.url}, {endpoint.route}",
-        columns=(*columns, "requests"),
-        rows=tuple(_level_row(result, has_goal) for result in own),
-        notes=tuple(note for result in own for note in _level_notes(report, result)),
+        columns=("load", "", *_LATENCIES, "requests/s", "tokens/s", *goal, "requests"),
+        rows=tuple(row for result in own for row in _level_rows(result, has_goal)),
+        notes=(*(note for result in own for note in _level_notes(report, result)), *_bundling_note(own)),
     )
 
 
-def _level_row(result: LevelResult, has_goal: bool) -> tuple[str, ...]:
+_LATENCIES: Mapping[str, Callable[[LevelSummary], Quantiles | None]] = {
+    "TTFT ms": lambda summary: summary.time_to_first_token_ms,
+    "ITL ms": lambda summary: summary.inter_token_latency_ms,
+    "TPOT ms": lambda summary: summary.time_per_output_token_ms,
+    "E2E ms": lambda summary: summary.end_to_end_latency_ms,
+}
+
+
+def _level_rows(result: LevelResult, has_goal: bool) -> Iterator[tuple[str, ...]]:
+    """Yield a row for each percentile; what a level has one of stands in the first."""
     summary = result.summary
-    cells = [
-        result.level.label,
-        _rate(summary.requests_per_second),
-        _rate(summary.output_tokens_per_second),
-        _spread(summary.time_to_first_token_ms),
-        _spread(summary.inter_token_latency_ms),
-        _spread(summary.time_per_output_token_ms),
-        _spread(summary.end_to_end_latency_ms),
-    ]
-    if has_goal:
-        cells.append(_rate(summary.goodput_per_second))
-    return (*cells, outcome(summary))
+    rates = [summary.requests_per_second, summary.output_tokens_per_second]
+    rates += [summary.goodput_per_second] if has_goal else []
+    once = (*map(_rate, rates), outcome(summary))
+    for share in ("p50", "p90", "p99"):
+        found = (read(summary) for read in _LATENCIES.values())
+        latencies = (_UNKNOWN if one is None else _ms(getattr(one, share)) for one in found)
+        is_first = share == "p50"
+        label, rest = (result.level.label, once) if is_first else ("", ("",) * len(once))
+        yield (label, share, *latencies, *rest)
 
 
 def outcome(summary: LevelSummary) -> str:
@@ -111,13 +113,9 @@ def _rate(value: float | None) -> str:
 
 
 def _ms(value: float) -> str:
+    if value < 10:
+        return f"{value:.2f}"
     return f"{value:.1f}" if value < 100 else f"{value:,.0f}"
-
-
-def _spread(quantiles: Quantiles | None) -> str:
-    if quantiles is None:
-        return _UNKNOWN
-    return " / ".join(_ms(value) for value in (quantiles.p50, quantiles.p90, quantiles.p99))
 
 
 def _level_notes(report: EndpointReport, result: LevelResult) -> Iterator[str]:
@@ -140,11 +138,19 @@ def _level_notes(report: EndpointReport, result: LevelResult) -> Iterator[str]:
             f"{label}: the client itself was the bottleneck: it sent its requests up to "
             f"{_ms(summary.lateness_p99_ms)} ms late (p99), so these latencies are partly its own."
         )
-    tokens, chunks = summary.mean_output_tokens, summary.mean_content_chunks
-    if tokens is not None and chunks and tokens > _BUNDLED * chunks:
+
+
+def _bundling_note(own: Sequence[LevelResult]) -> Iterator[str]:
+    """Say where inter-token latency is not what its name says."""
+    bundles = [
+        result.summary.mean_output_tokens / result.summary.mean_content_chunks
+        for result in own
+        if result.summary.mean_output_tokens is not None and result.summary.mean_content_chunks
+    ]
+    if bundles and max(bundles) > _BUNDLED:
         yield (
-            f"{label}: an event holds {tokens / chunks:.1f} tokens on average, so the inter-token latency is "
-            "that between events; the time per output token counts tokens."
+            f"{letter(own[0].endpoint)}: an event with text holds up to {max(bundles):.1f} tokens on "
+            "average, so ITL is the time between events; TPOT counts tokens."
         )
 
 
@@ -188,7 +194,11 @@ def _notes(report: EndpointReport) -> Iterator[str]:
     options = report.options
     rounds = options.num_rounds(len(report.endpoints))
     yield (
-        f"p50 / p90 / p99 of the requests that ended well; {options.requests} requests a level and round, "
+        "TTFT is the time to first token, ITL the inter-token latency, TPOT the time per output token, E2E "
+        "the end-to-end latency, of the requests that ended well."
+    )
+    yield (
+        f"{options.requests} requests a level and round, "
         f"{rounds} {'round' if rounds == 1 else 'rounds'}, prompts of about {options.prompt_tokens} "
         f"tokens from {report.prompts}, answers of at most {options.output_tokens}."
     )
