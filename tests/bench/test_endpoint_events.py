@@ -27,12 +27,19 @@ def read(wire: bytes, cuts: list[int]) -> tuple[list[bytes], EventReader]:
 @given(st.lists(st.text(min_size=1, max_size=6), max_size=6), st.sampled_from(LINE_ENDS), st.data())
 def test_any_cut_of_the_bytes_gives_the_same_events(texts: list[str], end: str, data: st.DataObject) -> None:
     payloads = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
-    wire = "".join(f": ping{end}event: x{end}data: {payload}{end}{end}" for payload in payloads)
+    wire = "".join(f": ping{end}event: x{end}data: {payload}{end}data: 1{end}{end}" for payload in payloads)
     raw = wire.encode("utf-8", "surrogatepass")
     cuts = sorted(data.draw(st.lists(st.integers(0, len(raw)), max_size=8)))
     found, reader = read(raw, cuts)
-    assert found == [payload.encode("utf-8", "surrogatepass") for payload in payloads]
+    assert found == [f"{payload}\n1".encode("utf-8", "surrogatepass") for payload in payloads]
     assert reader.stray is None
+
+
+@pytest.mark.parametrize("end", LINE_ENDS)
+def test_a_cut_at_any_place_changes_nothing(end: str) -> None:
+    raw = f"\ufeffdata: é{end}data: b{end}{end}: ping{end}{end}data:[DONE]{end}{end}".encode()
+    for cut in range(len(raw)):
+        assert read(raw, [cut])[0] == ["é\nb".encode(), b"[DONE]"]
 
 
 @given(st.binary(max_size=80), st.data())

@@ -157,8 +157,9 @@ class RequestRecord:
     """One request; how its times are defined stands in ``serve.bench.endpoint.timeline``.
 
     ``sent_s`` counts from the beginning of its level's run; ``lateness_ms`` is how much later than due the
-    client sent it. What was not seen is None, or empty. ``output_tokens`` come from ``usage`` or ``tokenizer``, as
-    ``tokens_from`` says; where neither counts they are None, and never taken from ``content_chunks``.
+    client sent it. What was not seen is None, or empty. ``output_tokens`` come from ``usage`` or
+    ``tokenizer``, as ``tokens_from`` says; where neither counts they are None, and never taken from
+    ``content_chunks``.
     """
 
     status: str

@@ -37,13 +37,12 @@ def load_tokens(path: Path) -> Tokens:
     tokenizer.no_truncation()
     tokenizer.no_padding()
 
-    def ids(text: str) -> list[int]:
-        found: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-        return found
+    def count(text: str) -> int:
+        return len(tokenizer.encode(text, add_special_tokens=False).ids)
 
     def cut(text: str, num_tokens: int) -> str:
-        found = ids(text)
-        shortened: str = tokenizer.decode(found[:num_tokens], skip_special_tokens=False)
-        return text if len(found) <= num_tokens else shortened
+        # By its place in the text: what decoding gives is not always the text that was encoded.
+        ends = [end for _, end in tokenizer.encode(text, add_special_tokens=False).offsets]
+        return text if len(ends) <= num_tokens else text[: ends[num_tokens - 1]]
 
-    return Tokens(lambda text: len(ids(text)), cut)
+    return Tokens(count, cut)
