@@ -6,7 +6,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from cusprun.cli.console import ConsoleProgress, stdout
 from cusprun.cli.keys import KEY_VARIABLE, hide_keys
@@ -16,6 +18,101 @@ from cusprun.errors import MeasurementError, UserError
 if TYPE_CHECKING:
     from serve.bench.endpoint.records import EndpointReport
     from serve.bench.endpoint.table import LoadTable
+
+
+Endpoints = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--endpoint",
+        metavar="URL",
+        help="Load this OpenAI-compatible endpoint instead; repeat to compare others with the first.",
+        show_default=False,
+    ),
+]
+Concurrency = Annotated[
+    list[str] | None,
+    typer.Option(help="Endpoint: requests under way at once, like 1,2,4,8 (default).", show_default=False),
+]
+Rate = Annotated[
+    list[str] | None,
+    typer.Option(help="Endpoint: requests begun per second, like 0.5,1,2.", show_default=False),
+]
+Requests = Annotated[
+    int | None, typer.Option(help="Endpoint: requests of each level; 32 by default.", show_default=False)
+]
+OutputTokens = Annotated[
+    int | None,
+    typer.Option(help="Endpoint: most tokens of an answer; 128 by default.", show_default=False),
+]
+Rounds = Annotated[
+    int | None,
+    typer.Option(
+        help="Endpoint: how often all levels are run; 1 by default, 3 for several endpoints.",
+        show_default=False,
+    ),
+]
+Warmup = Annotated[
+    int | None,
+    typer.Option(help="Endpoint: requests before, which do not count; 4 by default.", show_default=False),
+]
+PromptFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompts",
+        metavar="FILE.jsonl",
+        help="Endpoint: send these, one object with a prompt or text a line.",
+        show_default=False,
+    ),
+]
+TokenizerPath = Annotated[
+    Path | None,
+    typer.Option(
+        "--tokenizer",
+        metavar="DIR|FILE",
+        help="Endpoint: its tokenizer.json, for exact prompts and for tokens that it does not count.",
+        show_default=False,
+    ),
+]
+ModelName = Annotated[
+    str | None,
+    typer.Option("--model", help="Endpoint: its model; the first it lists by default.", show_default=False),
+]
+Route = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat/--completions", help="Endpoint: route; the chat where it works.", show_default=False
+    ),
+]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(help=f"Endpoint: its key; ${KEY_VARIABLE} leaves no trace.", show_default=False),
+]
+Stall = Annotated[
+    float | None,
+    typer.Option(
+        help="Endpoint: seconds without an event that end a request; 60 by default.", show_default=False
+    ),
+]
+RequestLimit = Annotated[
+    float | None,
+    typer.Option(help="Endpoint: seconds that a request may take; 600 by default.", show_default=False),
+]
+GoodputTtft = Annotated[
+    float | None,
+    typer.Option(
+        "--goodput-ttft-ms",
+        help="Endpoint: a request is good with a time to first token of at most this.",
+        show_default=False,
+    ),
+]
+GoodputTpot = Annotated[
+    float | None,
+    typer.Option(
+        "--goodput-tpot-ms",
+        help="Endpoint: a request is good with a time per output token of at most this.",
+        show_default=False,
+    ),
+]
 
 
 def run_load_test(
