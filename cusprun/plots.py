@@ -1,4 +1,4 @@
-"""Curves as a picture: a record of panels and lines in, a PNG or SVG file out, without a display.
+"""Curves, intervals and shares as pictures, without a display: records of panels in, a PNG or SVG out.
 
 matplotlib is the extra ``plot``; it is imported here alone, and through its objects rather than ``pyplot``,
 so that nothing is kept between two pictures.
@@ -6,16 +6,21 @@ so that nothing is kept between two pictures.
 
 from __future__ import annotations
 
+import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from cusprun.errors import MissingDependencyError, UserError
 
 if TYPE_CHECKING:
+    from xml.etree.ElementTree import Element
+
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 FORMATS = (".png", ".svg")
 COMMAND = "pip install 'cusprun[plot]'"
@@ -24,14 +29,22 @@ _STYLES = ("-", "--", "-.")
 _COLOURS = 10
 """Colours of matplotlib's own cycle; with the styles, thirty lines can be told apart."""
 
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+"""With error bars, lines differ by marker too, so that no line is known by its colour alone."""
+
 _PANEL_INCHES = (6.0, 3.4)
+_PAGE_PANEL_INCHES = (5.2, 3.2)
 _LEGEND_ROW_INCHES = 0.22
+_ROW_INCHES = 0.27
 _DOTS_PER_INCH = 120
 
 
 @dataclass(frozen=True)
 class Line:
-    """One curve; ``low`` and ``high`` shade its interval, ``reference`` lines are thin, black and dotted."""
+    """One curve; ``low`` and ``high`` shade its interval, or with ``bars`` end an error bar at each point.
+
+    ``reference`` lines are thin, dotted and in the colour of the text.
+    """
 
     label: str
     x: tuple[float, ...]
@@ -39,11 +52,15 @@ class Line:
     low: tuple[float, ...] = ()
     high: tuple[float, ...] = ()
     reference: bool = False
+    bars: bool = False
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One diagram of a picture; ``limits`` bound its vertical axis, ``logarithmic`` scales it."""
+    """One diagram of lines; ``limits`` bound its vertical axis, ``logarithmic`` scales it.
+
+    ``ticks`` are labels of the horizontal axis at 0, 1, 2 and so on, where its values are names.
+    """
 
     title: str
     x_label: str
@@ -52,6 +69,63 @@ class Panel:
     limits: tuple[float, float] | None = None
     logarithmic: bool = False
     dots: bool = False
+    ticks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One row of a forest: a value with its interval, filled where ``shown``, else hollow."""
+
+    label: str
+    value: float
+    low: float
+    high: float
+    shown: bool = True
+
+
+@dataclass(frozen=True)
+class Forest:
+    """Values with intervals one below the other, against the value ``reference``."""
+
+    title: str
+    x_label: str
+    marks: tuple[Mark, ...]
+    reference: float = 1.0
+    logarithmic: bool = False
+    from_zero: bool = False
+
+
+@dataclass(frozen=True)
+class Heat:
+    """Shares from 0 to 1, a row for each layer, the first at the top; ``row_labels`` name the rows."""
+
+    title: str
+    x_label: str
+    y_label: str
+    scale_label: str
+    values: tuple[tuple[float, ...], ...]
+    row_labels: tuple[str, ...] = ()
+
+
+AnyPanel: TypeAlias = Panel | Forest | Heat
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a picture that stands in a page; the ground is the page's own."""
+
+    name: str
+    text: str
+    grid: str
+    cycle: tuple[str, ...]
+    heat: str
+
+
+LIGHT = Theme("light", "#1b1b1f", "#b9b9c4", ("#5a5a66", "#0b57d0", "#9a3b00", "#00695c", "#7b1fa2"), "Blues")
+DARK = Theme(
+    "dark", "#e7e7ee", "#55555f", ("#b4b4c2", "#8ab4f8", "#ffab70", "#6fd6c4", "#d7a6f0"), "Blues_r"
+)
+"""Every colour has a contrast of 4.5 or more against the ground of its theme, white or nearly black."""
 
 
 def check_picture(path: Path) -> None:
@@ -76,7 +150,7 @@ def require_plots() -> None:
         ) from None
 
 
-def draw(panels: Sequence[Panel], path: Path, title: str, kind: str | None = None) -> None:
+def draw(panels: Sequence[AnyPanel], path: Path, title: str, kind: str | None = None) -> None:
     """Draw panels two in a row, with one legend for all; ``kind`` is ``png`` or ``svg``, else ``path`` tells.
 
     Equal panels give equal bytes: no date is written.
@@ -85,53 +159,222 @@ def draw(panels: Sequence[Panel], path: Path, title: str, kind: str | None = Non
         MissingDependencyError: matplotlib is not installed.
     """
     require_plots()
+    chosen = kind or path.suffix.lower().removeprefix(".")
+    undated = {"Date": None} if chosen == "svg" else {"Software": None}
+    with _settings({}):
+        figure = _figure(panels, title, _PANEL_INCHES, _COLOURS)
+        figure.savefig(path, format=chosen, dpi=_DOTS_PER_INCH, metadata=undated)
+
+
+def inline_svg(panel: AnyPanel, theme: Theme, prefix: str) -> str:
+    """Return one panel as an ``<svg>`` element that can stand in an HTML page beside others.
+
+    Its ids begin with ``prefix``; it holds no style sheet, script or address, and no text but the panel's.
+    Equal panels give equal text.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    require_plots()
+    from xml.etree import ElementTree
+
+    stream = io.BytesIO()
+    with _settings(_page_settings(theme)):
+        figure = _figure((panel,), "", _PAGE_PANEL_INCHES, len(theme.cycle), theme.heat)
+        unsaid = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(stream, format="svg", dpi=_DOTS_PER_INCH, transparent=True, metadata=unsaid)
+    root = ElementTree.fromstring(stream.getvalue())
+    _to_html(root, prefix)
+    return ElementTree.tostring(root, encoding="unicode", short_empty_elements=False)
+
+
+@contextmanager
+def _settings(more: Mapping[str, Any]) -> Iterator[None]:
     import matplotlib as mpl
+
+    # A dollar in a user's name is no formula, and a script that the font lacks is drawn as boxes.
+    with (
+        mpl.rc_context({"text.parse_math": False, "svg.hashsalt": "cusprun", **more}),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _page_settings(theme: Theme) -> dict[str, Any]:
+    from matplotlib import cycler
+
+    named = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    return {
+        **dict.fromkeys(named, theme.text),
+        "grid.color": theme.grid,
+        "axes.prop_cycle": cycler(color=theme.cycle),
+        "legend.frameon": False,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "svg.fonttype": "none",  # text stays text: it can be searched, and is not drawn glyph by glyph
+    }
+
+
+def _figure(
+    panels: Sequence[AnyPanel],
+    title: str,
+    panel_inches: tuple[float, float],
+    colours: int,
+    heat: str = "viridis",
+) -> Figure:
     from matplotlib.figure import Figure
 
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    labels = list(dict.fromkeys(line.label for panel in panels for line in panel.lines))
+    lines = [line for panel in panels if isinstance(panel, Panel) for line in panel.lines]
+    labels = list(dict.fromkeys(line.label for line in lines))
     legend_rows = -(-len(labels) // columns)
-    size = (columns * _PANEL_INCHES[0], rows * _PANEL_INCHES[1] + legend_rows * _LEGEND_ROW_INCHES)
-    # A dollar in a user's name is no formula, and a script that the font lacks is drawn as boxes.
-    with (
-        mpl.rc_context({"text.parse_math": False, "svg.hashsalt": "cusprun"}),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")
-        figure = Figure(figsize=size, layout="constrained")
-        handles: dict[str, Any] = {}
-        for position, panel in enumerate(panels):
-            axes = figure.add_subplot(rows, columns, position + 1)
-            _draw_panel(axes, panel, labels, handles)
-        figure.suptitle(title)
+    height = max(_height(panel, panel_inches[1]) for panel in panels)
+    size = (columns * panel_inches[0], rows * height + legend_rows * _LEGEND_ROW_INCHES)
+    figure = Figure(figsize=size, layout="constrained")
+    handles: dict[str, Any] = {}
+    pen = _Pen(labels, handles, colours, heat)
+    for position, panel in enumerate(panels):
+        _DRAWN[type(panel)](figure.add_subplot(rows, columns, position + 1), panel, pen)
+    if title:
+        figure.suptitle(_printable(title))
+    if handles:
+        columns = columns if title else min(2, len(handles))
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
-        chosen = kind or path.suffix.lower().removeprefix(".")
-        undated = {"Date": None} if chosen == "svg" else {"Software": None}
-        figure.savefig(path, format=chosen, dpi=_DOTS_PER_INCH, metadata=undated)
+    return figure
 
 
-def _draw_panel(axes: Axes, panel: Panel, labels: Sequence[str], handles: dict[str, Any]) -> None:
+def _height(panel: AnyPanel, usual: float) -> float:
+    """Return the height in inches: that of its rows, for a panel that has some."""
+    rows = len(panel.marks) if isinstance(panel, Forest) else 0
+    return max(_ROW_INCHES * rows + 1.0, 1.6) if rows else usual
+
+
+@dataclass(frozen=True)
+class _Pen:
+    """What the panels of a figure share: labels of lines in their order, and the handles of the legend."""
+
+    labels: Sequence[str]
+    handles: dict[str, Any]
+    colours: int
+    heat: str
+
+
+def _draw_lines(axes: Axes, panel: Panel, pen: _Pen) -> None:
+    import matplotlib as mpl
+
     for line in panel.lines:
-        number = labels.index(line.label)
-        colour = "black" if line.reference else f"C{number % _COLOURS}"
-        style = ":" if line.reference else _STYLES[number // _COLOURS % len(_STYLES)]
+        number = pen.labels.index(line.label)
+        colour = mpl.rcParams["text.color"] if line.reference else f"C{number % pen.colours}"
+        style = ":" if line.reference else _STYLES[number // pen.colours % len(_STYLES)]
+        marker = _MARKERS[number % len(_MARKERS)] if line.bars else "o"
         (handle,) = axes.plot(
             line.x,
             line.y,
             color=colour,
             linestyle=style,
             linewidth=1.2,
-            marker="o" if panel.dots and not line.reference else "",
+            marker=marker if panel.dots and not line.reference else "",
         )
-        handles.setdefault(line.label, handle)
-        if line.low:
+        pen.handles.setdefault(_printable(line.label), handle)
+        if line.low and line.bars:
+            axes.errorbar(line.x, line.y, _arms(line), fmt="none", ecolor=colour, capsize=4, elinewidth=1.2)
+        elif line.low:
             axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
-    axes.set_title(panel.title, fontsize="medium")
-    axes.set_xlabel(panel.x_label)
-    axes.set_ylabel(panel.y_label)
+    _name(axes, panel.title, panel.x_label, panel.y_label)
     if panel.logarithmic:
         axes.set_yscale("log")
     if panel.limits is not None:
         axes.set_ylim(*panel.limits)
+    if panel.ticks:
+        axes.set_xticks(range(len(panel.ticks)), [_printable(tick) for tick in panel.ticks])
+        axes.set_xlim(-0.5, len(panel.ticks) - 0.5)
     axes.grid(alpha=0.3)
+
+
+def _arms(line: Line) -> list[list[float]]:
+    """Return the lengths of error bars below and above; an interval may not hold its own median."""
+    below = [max(y - low, 0.0) for y, low in zip(line.y, line.low, strict=True)]
+    above = [max(high - y, 0.0) for y, high in zip(line.y, line.high, strict=True)]
+    return [below, above]
+
+
+def _draw_forest(axes: Axes, panel: Forest, _pen: _Pen) -> None:
+    import matplotlib as mpl
+
+    for row, mark in enumerate(panel.marks):
+        colour = "C1" if mark.shown else "C0"
+        axes.plot((mark.low, mark.high), (row, row), color=colour, linewidth=2, solid_capstyle="butt")
+        filling = colour if mark.shown else "none"
+        axes.plot(
+            (mark.value,), (row,), marker="o", color=colour, markerfacecolor=filling, markeredgewidth=1.5
+        )
+    axes.axvline(panel.reference, color=mpl.rcParams["text.color"], linestyle=":", linewidth=1.2)
+    axes.set_yticks(range(len(panel.marks)), [_printable(mark.label) for mark in panel.marks])
+    axes.set_ylim(len(panel.marks) - 0.5, -0.5)
+    if panel.logarithmic:
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0), numticks=12))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    if panel.from_zero:
+        axes.set_xlim(0, max(panel.reference, *(mark.high for mark in panel.marks)) * 1.05)
+    _name(axes, panel.title, panel.x_label, "")
+    axes.grid(alpha=0.3, axis="x")
+
+
+def _draw_heat(axes: Axes, panel: Heat, pen: _Pen) -> None:
+    shown = axes.imshow(
+        panel.values, vmin=0.0, vmax=1.0, aspect="auto", interpolation="nearest", cmap=pen.heat
+    )
+    if panel.row_labels:
+        step = -(-len(panel.row_labels) // 16)  # more names than sixteen run into each other
+        places = range(0, len(panel.row_labels), step)
+        axes.set_yticks(places, [_printable(panel.row_labels[place]) for place in places])
+    figure = axes.figure
+    figure.colorbar(shown, ax=axes, label=_printable(panel.scale_label))
+    _name(axes, panel.title, panel.x_label, panel.y_label)
+
+
+_DRAWN: Mapping[type, Callable[[Any, Any, _Pen], None]] = {
+    Panel: _draw_lines,
+    Forest: _draw_forest,
+    Heat: _draw_heat,
+}
+"""How each kind of panel is drawn into its axes."""
+
+
+def _name(axes: Axes, title: str, x_label: str, y_label: str) -> None:
+    axes.set_title(_printable(title), fontsize="medium")
+    axes.set_xlabel(_printable(x_label))
+    axes.set_ylabel(_printable(y_label))
+
+
+def _printable(text: str) -> str:
+    """Return text without the control characters and half surrogates that XML cannot hold."""
+    return "".join(sign if sign.isprintable() else " " for sign in text)
+
+
+def _to_html(root: Element, prefix: str) -> None:
+    """Turn an SVG document into an element of a page: no namespaces, own ids, no sheet, the page's width."""
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag.rpartition("}")[2] in ("metadata", "style"):
+                parent.remove(child)
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        for name, value in list(element.attrib.items()):
+            del element.attrib[name]
+            plain = name.rpartition("}")[2]
+            if plain == "id":
+                value = f"{prefix}-{value}"
+            elif plain == "href" and value.startswith("#"):
+                value = f"#{prefix}-{value[1:]}"
+            element.set(plain, value.replace("url(#", f"url(#{prefix}-"))
+    # What the sheet said of every element, and the view box alone gives the size.
+    root.attrib.update({"stroke-linejoin": "round", "stroke-linecap": "butt"})
+    for name in ("width", "height", "version"):
+        root.attrib.pop(name, None)
