@@ -18,6 +18,7 @@ file inside an installed Python package.
 ``sweep``           the size/quality curve of a model and an expert
 ``serve``           an artifact behind OpenAI's interface, on the engine that suits it
 ``run``             a recipe: all of the above in one go
+``report``          results to one file that says whether to ship the expert
 ``doctor``          what is installed and what works here
 ==================  =========================================================================
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from cusprun.pipeline.models import inspect as inspect
     from cusprun.pipeline.overlap import overlap as overlap
     from cusprun.pipeline.proof import verify as verify
+    from cusprun.pipeline.report import report as report
     from cusprun.pipeline.run import run as run
     from cusprun.pipeline.serving import serve as serve
     from cusprun.pipeline.side_by_side import serve_side_by_side as serve_side_by_side
@@ -64,6 +66,7 @@ _FUNCTIONS = {
     "serve_side_by_side": "cusprun.pipeline.side_by_side",
     "sweep": "cusprun.pipeline.sweep",
     "run": "cusprun.pipeline.run",
+    "report": "cusprun.pipeline.report",
     "doctor": "cusprun.diagnosis",
     "__version__": "cusprun.version",
 }
@@ -81,6 +84,7 @@ __all__ = [
     "overlap",
     "plan",
     "prune",
+    "report",
     "run",
     "score",
     "sweep",

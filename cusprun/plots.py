@@ -37,6 +37,7 @@ _PAGE_PANEL_INCHES = (5.2, 3.2)
 _LEGEND_ROW_INCHES = 0.22
 _ROW_INCHES = 0.27
 _DOTS_PER_INCH = 120
+_HEAT_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -122,9 +123,7 @@ class Theme:
 
 
 LIGHT = Theme("light", "#1b1b1f", "#b9b9c4", ("#5a5a66", "#0b57d0", "#9a3b00", "#00695c", "#7b1fa2"), "Blues")
-DARK = Theme(
-    "dark", "#e7e7ee", "#55555f", ("#b4b4c2", "#8ab4f8", "#ffab70", "#6fd6c4", "#d7a6f0"), "Blues_r"
-)
+DARK = Theme("dark", "#e7e7ee", "#55555f", ("#b4b4c2", "#8ab4f8", "#ffab70", "#6fd6c4", "#d7a6f0"), "Blues_r")
 """Every colour has a contrast of 4.5 or more against the ground of its theme, white or nearly black."""
 
 
@@ -327,8 +326,12 @@ def _draw_forest(axes: Axes, panel: Forest, _pen: _Pen) -> None:
 
 
 def _draw_heat(axes: Axes, panel: Heat, pen: _Pen) -> None:
+    import matplotlib as mpl
+
+    # Each colour of the scale is an element of the picture, and an eye tells no more apart.
+    colours = mpl.colormaps[pen.heat].resampled(_HEAT_STEPS)
     shown = axes.imshow(
-        panel.values, vmin=0.0, vmax=1.0, aspect="auto", interpolation="nearest", cmap=pen.heat
+        panel.values, vmin=0.0, vmax=1.0, aspect="auto", interpolation="nearest", cmap=colours
     )
     if panel.row_labels:
         step = -(-len(panel.row_labels) // 16)  # more names than sixteen run into each other
@@ -369,11 +372,12 @@ def _to_html(root: Element, prefix: str) -> None:
         for name, value in list(element.attrib.items()):
             del element.attrib[name]
             plain = name.rpartition("}")[2]
+            own = value.replace("url(#", f"url(#{prefix}-")
             if plain == "id":
-                value = f"{prefix}-{value}"
+                own = f"{prefix}-{value}"
             elif plain == "href" and value.startswith("#"):
-                value = f"#{prefix}-{value[1:]}"
-            element.set(plain, value.replace("url(#", f"url(#{prefix}-"))
+                own = f"#{prefix}-{value[1:]}"
+            element.set(plain, own)
     # What the sheet said of every element, and the view box alone gives the size.
     root.attrib.update({"stroke-linejoin": "round", "stroke-linecap": "butt"})
     for name in ("width", "height", "version"):

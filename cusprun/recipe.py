@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from cusprun.corpus.yaml_tree import Section, Value, read_yaml
 from cusprun.errors import UserError, nearest
 from cusprun.paths import expand_home
+from cusprun.pipeline.samples import DEFAULT_SAMPLES, MAX_SAMPLES
 from cusprun.pipeline.wishes import BUDGETS, DEFAULT_RATIO, PruneWishes
 from cusprun.records import DIMENSIONS, REFIT_TARGETS, UNITS
 from cusprun.walk.device import DEFAULT_DEVICE, check_device
@@ -44,6 +45,7 @@ class Recipe:
     """A recipe as it is run; ``expert`` and ``out`` are absolute, ``bench`` is None when nothing is measured.
 
     ``wishes`` say how to prune. ``model`` is a path, a hub id or ``package:NAME``; ``device`` is to run it.
+    ``samples`` held-out prompts are answered by original and expert, for the report.
     """
 
     model: str
@@ -55,6 +57,7 @@ class Recipe:
     evaluate: bool
     bench: BenchSpec | None
     device: str = DEFAULT_DEVICE
+    samples: int = DEFAULT_SAMPLES
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -79,9 +82,14 @@ def load_recipe(path: Path) -> Recipe:
         evaluate=root.take("eval", bool, True),
         bench=_bench(root, exports),
         device=root.take("device", str, DEFAULT_DEVICE, _valid(check_device)),
+        samples=root.take("samples", int, DEFAULT_SAMPLES, _sample_count),
     )
     root.finish()
     return recipe
+
+
+def _sample_count(value: int) -> str:
+    return "" if 0 <= value <= MAX_SAMPLES else f"must be from 0 to {MAX_SAMPLES}, not {value}"
 
 
 def _not_blank(value: str) -> str:

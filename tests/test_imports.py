@@ -60,6 +60,7 @@ ARROWS: dict[str, set[str]] = {
     | {"serve.api", "serve.child_server", "serve.front", "serve.onnx_server", "serve.runtimes"},
     "serve.side_by_side": {"serve.front"},
     "serve.bench": BASE | {"serve.runtimes"},
+    "serve.report": BASE | {"cusprun.plots"},
     "serve": set(),
 }
 """What each room may import, itself apart; a name stands for all that is below it."""

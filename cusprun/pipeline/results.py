@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
+from cusprun.pipeline.samples import SampleAnswer
 from cusprun.quality.report import CorpusQuality, EvalReport
 from cusprun.records import Manifest
 from cusprun.version import __version__
@@ -42,6 +43,7 @@ class RunReport:
     """``results.json``: the table and everything it rests on; None stands for what was not asked for.
 
     ``seconds`` are those of the stages that this run did itself; the manifest's are of the pruning.
+    ``samples`` are answers of both models to held-out prompts, none where the recipe asks for none.
     """
 
     created: str
@@ -58,6 +60,7 @@ class RunReport:
     bench: BenchReport | None
     seconds: Mapping[str, float]
     prune_seconds: Mapping[str, float]
+    samples: tuple[SampleAnswer, ...] = ()
     schema_version: int = 2
 
 
@@ -69,6 +72,7 @@ def run_report(
     quality: EvalReport | None,
     bench: BenchReport | None,
     seconds: Mapping[str, float],
+    samples: tuple[SampleAnswer, ...] = (),
 ) -> RunReport:
     """Put the parts together; ``artifacts`` maps format and precision to ``original`` and ``expert``."""
     files = tuple(
@@ -91,6 +95,7 @@ def run_report(
         bench=bench,
         seconds=dict(seconds),
         prune_seconds=manifest.seconds,
+        samples=samples,
     )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from cusprun.cache import key_of, remove_leftovers
 from cusprun.codec import dump_json, load_json, to_plain
-from cusprun.errors import CusprunError, OutputError
+from cusprun.errors import CusprunError, MissingDependencyError, OutputError
 from cusprun.pipeline.calibration import importance_for
 from cusprun.pipeline.evaluation import measure, measured_sets
 from cusprun.pipeline.proof import RUNTIMES, parity_documents, prove
@@ -25,6 +25,7 @@ from cusprun.version import __version__
 from cusprun.walk.device import open_device
 
 if TYPE_CHECKING:
+    from cusprun.pipeline.samples import SampleAnswer
     from cusprun.quality.report import EvalReport
     from exporters.parity_records import ParityReport
     from serve.bench.records import BenchReport
@@ -134,6 +135,7 @@ def run(recipe: StrPath | Recipe, *, device: str | None = None, progress: Progre
     parity = _prove_all(before, after, artifacts, corpora, progress) if chosen.verify else ()
     quality = _evaluate(before, after, expert, corpora, out, progress) if chosen.evaluate else None
     speed = _bench(chosen, artifacts, out, progress)
+    samples = _samples(chosen, before, after, expert, corpora, artifacts, out, progress)
     report = run_report(
         manifest=load_json(Manifest, folder / "cusprun.json"),
         artifacts={(spec.to, spec.quant): paths for spec, paths in artifacts.items()},
@@ -141,6 +143,7 @@ def run(recipe: StrPath | Recipe, *, device: str | None = None, progress: Progre
         quality=quality,
         bench=speed,
         seconds=out.seconds,
+        samples=samples,
     )
     dump_json(report, out.folder / RESULTS_JSON)
     (out.folder / RESULTS_MARKDOWN).write_text(to_markdown(report), encoding="utf-8")
@@ -276,6 +279,45 @@ def _evaluate(
     return out.measurement(
         "eval.json", EvalReport, key, lambda: measure([before, after], expert, sets, progress)
     )
+
+
+def _samples(
+    recipe: Recipe,
+    before: OpenModel,
+    after: OpenModel,
+    expert: Expert,
+    corpora: Corpora,
+    artifacts: Mapping[ExportSpec, Mapping[str, Path]],
+    out: _OutFolder,
+    progress: Progress,
+) -> tuple[SampleAnswer, ...]:
+    """Let both models answer held-out prompts, in the first runtime that loads an export in seconds."""
+    from cusprun.pipeline.samples import SampleReport, sample_answers
+
+    if not recipe.samples or not corpora.held_out:
+        return ()
+    folders = {_BEFORE: (before.index.folder, "torch"), _AFTER: (after.index.folder, "torch")}
+    quick = (spec for to in ("gguf", "onnx") for spec in artifacts if spec.to == to and _installed(to))
+    spec = next(quick, None)
+    models = folders if spec is None else {side: (path, spec.to) for side, path in artifacts[spec].items()}
+    hashes = [document.text_hash for document in corpora.held_out]
+    chosen = "" if spec is None else repr(spec)
+    key = key_of("samples", before.model_hash, after.model_hash, hashes, chosen, recipe.samples, __version__)
+    folder = before.index.folder
+    return out.measurement(
+        "samples.json",
+        SampleReport,
+        key,
+        lambda: sample_answers(models, folder, expert, corpora, recipe.samples, progress),
+    ).answers
+
+
+def _installed(to: str) -> bool:
+    try:
+        RUNTIMES[to].require()
+    except MissingDependencyError:
+        return False
+    return True
 
 
 def _bench(

@@ -57,7 +57,7 @@ def _quoted(text: str) -> list[str]:
 def _verdict(verdict: Verdict) -> Iterator[str]:
     yield from ("## Is it worth shipping?", "", f"**{verdict.sentence}.**", "")
     yield from (f"- {_line(reason)}" for reason in verdict.reasons)
-    yield ""
+    yield from ("", _line(verdict.rule), "")
     rows = tuple(row for aspect in verdict.aspects for row in _aspect_rows(aspect))
     columns = ("aspect", "verdict", "what", "before", "after", "change")
     yield from _table(Grid("Every aspect", columns, rows, texts=(1, 2, 5)))

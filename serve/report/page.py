@@ -50,9 +50,7 @@ def _drawn(page: Page) -> dict[str, list[dict[str, Any]]]:
         require_plots()
     except MissingDependencyError:
         return {}
-    pictures = [
-        block for section in page.sections for block in section.blocks if isinstance(block, Picture)
-    ]
+    pictures = [block for section in page.sections for block in section.blocks if isinstance(block, Picture)]
     return {picture.name: _panels(picture) for picture in pictures}
 
 

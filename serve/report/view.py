@@ -129,7 +129,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Aspect:
-    """One side of the verdict: a key of ``STATUSES``, a plain word, the numbers, and the rule that decided."""
+    """One side of the verdict: a key of ``STATUSES``, a plain word, the numbers, and its rule."""
 
     name: str
     status: str
@@ -145,11 +145,12 @@ class Aspect:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether to ship: a key of ``ANSWERS``, what follows from what, and every aspect."""
+    """Whether to ship: a key of ``ANSWERS``, the reasons, every aspect, and the rule that joins them."""
 
     answer: str
     reasons: tuple[str, ...]
     aspects: tuple[Aspect, ...]
+    rule: str
 
     @property
     def sentence(self) -> str:

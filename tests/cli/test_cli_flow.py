@@ -321,7 +321,7 @@ def test_run_makes_everything_and_a_second_run_finds_everything(work, cusprun) -
     written = {path: path.stat().st_mtime_ns for path in Path("result").rglob("*") if path.is_file()}
     again = cusprun("run", "recipe.yaml")
     assert again.code == 0, again
-    assert again.err.count("finished before") == 7
+    assert again.err.count("finished before") == 8
     assert again.err.count("proven before") == 4
     assert load_json(RunReport, Path("result/results.json")).table == report.table
     fresh = {"results.json", "results.md"}

@@ -1,0 +1,140 @@
+"""How a benchmark was measured: the machine, the options, what went wrong, and each metric in a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+
+from cusprun.pipeline.reporting.measured import title_of
+from cusprun.pipeline.reporting.wording import amount, metric_base
+from serve.bench.records import BenchOptions, BenchReport, Environment, Suite
+from serve.report.view import Block, Bullets, Grid, Heading, Prose, Section
+
+HOW: Mapping[str, tuple[str, str]] = {
+    "load_time_ms": (
+        "load time",
+        "from before the runtime opens the file until the model can take tokens, in a fresh process",
+    ),
+    "time_to_first_token_ms": (
+        "time to first token",
+        "from the start of a prompt of the stated length, with an empty cache, to its first token",
+    ),
+    "prompt_tokens_per_second": (
+        "prompt processing",
+        "tokens of a prompt of the stated length over the time to process them at once, from an empty cache",
+    ),
+    "decode_tokens_per_second": (
+        "decode speed",
+        "tokens decoded one by one over the time they took, beginning with the stated tokens in the cache",
+    ),
+    "inter_token_latency_p50_ms": ("inter-token latency, p50", "the median time between two decoded tokens"),
+    "inter_token_latency_p90_ms": (
+        "inter-token latency, p90",
+        "nine of ten decoded tokens came after at most this time",
+    ),
+    "inter_token_latency_p99_ms": (
+        "inter-token latency, p99",
+        "all but one of a hundred decoded tokens came after at most this time",
+    ),
+    "peak_memory_bytes": (
+        "peak memory",
+        "the most memory that the processes of the model held resident at one time, by the kernel's account",
+    ),
+    "steady_memory_bytes": (
+        "steady memory",
+        "resident memory of the processes of the model after the last measurement",
+    ),
+    "pss_bytes": (
+        "proportional memory (PSS)",
+        "resident memory, with pages that other processes share counted in part",
+    ),
+    "mapped_file_resident_bytes": (
+        "resident part of the file",
+        "how much of the mapped model file is in memory",
+    ),
+    "decode_energy_joules_per_token": (
+        "energy to decode",
+        "by the machine's own counters over the tokens decoded; left out where it has none",
+    ),
+    "prompt_energy_joules_per_token": (
+        "energy for a prompt",
+        "by the machine's own counters over the tokens of the prompt; left out where it has none",
+    ),
+}
+"""Each metric's name and how it is measured, by the metric without its length."""
+
+_METHOD = (
+    "Each measurement runs in a fresh process that is warmed up first. Before and after are interleaved, the "
+    "order of each pair drawn by chance from the seed, so that a machine that grows slower slows both. "
+    "Values are medians, intervals are 95 % bootstrap intervals, and a difference is only named where it is "
+    "shown."
+)
+
+
+def method_sections(reports: Sequence[BenchReport]) -> Iterator[Section]:
+    """Yield the section on machine and method."""
+    blocks: list[Block] = [Prose(_METHOD)]
+    for report in reports:
+        blocks.append(_environment(report.environment, report.created))
+        blocks.append(_options(report.options))
+        for suite in report.suites:
+            blocks += _course(suite)
+    blocks.append(_how(reports))
+    yield Section("method", "Machine and method", tuple(blocks))
+
+
+def _environment(machine: Environment, created: str) -> Grid:
+    load = "not reported" if machine.load_average is None else f"{machine.load_average:.2f}"
+    rows = [
+        ("measured", created),
+        ("CPU", machine.cpu_model),
+        ("physical cores", str(machine.physical_cores)),
+        ("threads", str(machine.num_threads)),
+        ("usable CPUs", machine.usable_cpus or "not reported"),
+        ("governor", machine.governor or "not reported"),
+        ("memory", amount(machine.memory_bytes, "bytes")),
+        ("load before the start", load),
+        ("GPUs", ", ".join(machine.gpus) or "none"),
+        ("system", machine.operating_system),
+        ("versions", ", ".join(f"{name} {version}" for name, version in machine.versions.items())),
+    ]
+    return Grid(f"The machine, {created}", ("", "value"), tuple(rows), texts=(1,))
+
+
+def _options(options: BenchOptions) -> Grid:
+    rows = tuple(
+        (field.name.replace("_", " "), _option_text(getattr(options, field.name)))
+        for field in fields(options)
+    )
+    return Grid("Options of the benchmark", ("option", "value"), rows, texts=(1,))
+
+
+def _option_text(value: object) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(f"{one:,}" for one in value)
+    return "chosen by cusprun" if value is None else str(value)
+
+
+def _course(suite: Suite) -> Iterator[Block]:
+    """Yield what happened while one runtime was measured."""
+    context = "grows with the text" if suite.context_length is None else f"{suite.context_length:,} tokens"
+    told = [f"Measured for {suite.elapsed_s:,.0f} s; the cache: {context}."]
+    if suite.failure is not None:
+        told.append(f"Failed: {suite.failure}.")
+    if suite.stopped:
+        told.append(f"No more pairs, because: {suite.stopped}.")
+    told += [
+        f"Lost run: pair {lost.pair + 1}, {lost.side}: {lost.reason}. The pair does not count."
+        for lost in suite.lost_runs
+    ]
+    told += [f"Noisy machine: {sentence}." for sentence in suite.noise]
+    yield Heading(f"The course in {title_of(suite)}")
+    yield Bullets(tuple(sentence.replace("..", ".") for sentence in told))
+
+
+def _how(reports: Sequence[BenchReport]) -> Grid:
+    measured = {
+        metric_base(one.metric) for report in reports for suite in report.suites for one in suite.comparisons
+    }
+    rows = tuple(words for name, words in HOW.items() if name in measured)
+    return Grid("How each number was measured", ("number", "how"), rows, texts=(1,))

@@ -1,0 +1,125 @@
+"""The page in a real browser, from disk: it loads, asks for nothing, fits a phone, and has a dark side."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import report_fixtures as made
+from test_report_page import evil_page, full
+
+from cusprun.pipeline.report import build_page
+from serve.report.page import render
+
+webdriver = pytest.importorskip("selenium.webdriver")
+pytest.importorskip("matplotlib")
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="there is no chromium with its driver")
+PHONE, DESK = (390, 844), (1280, 900)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    # Without a sandbox, since tests may run as root in a container; the page is ours.
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("pages")
+    for name, page in (("full", build_page(full())), ("evil", evil_page())):
+        (folder / f"{name}.html").write_bytes(render(page).encode("utf-8", "replace"))
+    return {name: (folder / f"{name}.html").as_uri() for name in ("full", "evil")}
+
+
+def see(browser: Any, address: str, size: tuple[int, int], scheme: str = "light") -> None:
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": size == PHONE},
+    )
+    browser.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    )
+    browser.get(address)
+
+
+@pytest.mark.parametrize("name", ["full", "evil"])
+def test_it_loads_quietly_and_asks_for_nothing(browser: Any, pages: dict[str, str], name: str) -> None:
+    see(browser, pages[name], DESK)
+    assert browser.execute_script("return performance.getEntriesByType('resource').map((e) => e.name)") == []
+    assert browser.get_log("browser") == []
+    assert browser.execute_script("return document.scripts.length") == 0
+    assert browser.execute_script("return document.compatMode") == "CSS1Compat"
+
+
+@pytest.mark.parametrize(("scheme", "shown"), [("light", "light"), ("dark", "dark")])
+def test_plots_are_there_in_the_scheme_of_the_system(
+    browser: Any, pages: dict[str, str], scheme: str, shown: str
+) -> None:
+    see(browser, pages["full"], DESK, scheme)
+    sizes = browser.execute_script(
+        "return [...document.querySelectorAll('.plot')].map((p) => [p.className, "
+        "p.getBoundingClientRect().height])"
+    )
+    for name, height in sizes:
+        assert (height > 100) == (name == f"plot {shown}"), (name, height)
+    ground = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert ground == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 20, 23)"}[scheme]
+
+
+@pytest.mark.parametrize("name", ["full", "evil"])
+@pytest.mark.parametrize("size", [PHONE, DESK])
+def test_the_page_never_scrolls_sideways(
+    browser: Any, pages: dict[str, str], name: str, size: tuple[int, int]
+) -> None:
+    see(browser, pages[name], size)
+    browser.execute_script("document.querySelectorAll('details').forEach((d) => d.open = true)")
+    page = "document.documentElement"
+    assert browser.execute_script(f"return {page}.clientWidth") == size[0]
+    assert browser.execute_script(f"return {page}.scrollWidth") <= size[0]
+
+
+def test_text_of_pictures_stays_inside_them(browser: Any, pages: dict[str, str]) -> None:
+    """Text is text in the pictures, in the page's font, which is not the one they were laid out with."""
+    see(browser, pages["full"], DESK)
+    outside = browser.execute_script(
+        "return [...document.querySelectorAll('.plot.light svg')].flatMap((svg) => {"
+        " const box = svg.getBoundingClientRect();"
+        " return [...svg.querySelectorAll('text')].filter((t) => {"
+        "  const b = t.getBoundingClientRect();"
+        "  return b.left < box.left - 2 || b.right > box.right + 2 || b.top < box.top - 2"
+        "   || b.bottom > box.bottom + 2; }).map((t) => t.textContent); })"
+    )
+    assert outside == []
+
+
+def test_print_shows_the_light_pictures_and_every_number(browser: Any, pages: dict[str, str]) -> None:
+    see(browser, pages["full"], DESK, "dark")
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print", "features": []})
+    heights = browser.execute_script(
+        "return ['light', 'dark'].map((t) => "
+        "document.querySelector(`.plot.${t}`).getBoundingClientRect().height)"
+    )
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": []})
+    assert heights[0] > 100
+    assert heights[1] == 0
+
+
+def test_links_lead_into_the_page(browser: Any, pages: dict[str, str]) -> None:
+    see(browser, pages["full"], DESK)
+    anchors = browser.execute_script("return [...document.querySelectorAll('nav a')].map((a) => a.hash)")
+    assert len(anchors) == 12
+    assert all(
+        browser.execute_script("return !!document.querySelector(arguments[0])", one) for one in anchors
+    )
+    assert made.NAME in browser.title

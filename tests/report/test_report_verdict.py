@@ -1,0 +1,129 @@
+"""Whether to ship: situations whose answer anybody would agree on, and that each rule is stated."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import report_fixtures as made
+
+from cusprun.pipeline.reporting.verdict import RULES, Evidence, judge
+from cusprun.pipeline.results import ArtifactFile
+from serve.bench.records import Comparison, Interval, Suite
+from serve.report.view import Aspect, Verdict
+
+
+def evidence(**changes: Any) -> Evidence:
+    run = made.run_report()
+    known = Evidence(
+        manifest=made.manifest(),
+        quality=made.eval_report(),
+        parity=run.parity,
+        artifacts=run.artifacts,
+        suites=(made.suite(),),
+    )
+    return replace(known, **changes)
+
+
+def verdict(**changes: Any) -> Verdict:
+    found = judge(evidence(**changes))
+    assert found is not None
+    return found
+
+
+def aspect(found: Verdict, name: str) -> Aspect:
+    (one,) = (one for one in found.aspects if one.name == name)
+    return one
+
+
+def with_ratio(ratio: float, verdict: str, better: str | None = None) -> Suite:
+    """All speeds and memory have one ratio and verdict."""
+
+    def changed(one: Comparison) -> Comparison:
+        return replace(
+            one,
+            ratio=Interval(ratio, ratio * 0.99, ratio * 1.01),
+            verdict=verdict,
+            better=better or one.better,
+        )
+
+    suite = made.suite()
+    return replace(suite, comparisons=tuple(map(changed, suite.comparisons)))
+
+
+def larger_files() -> tuple[ArtifactFile, ...]:
+    return (ArtifactFile("before", "f16", "a.gguf", 100), ArtifactFile("after", "f16", "b.gguf", 120))
+
+
+def test_a_good_expert_is_shipped_with_reasons() -> None:
+    found = verdict()
+    assert found.answer == "ship"
+    told = " ".join(found.reasons)
+    for word in ("parity, proven", "speed, faster", "size, smaller", "memory, less", "+4.0 % (+2.8 to +5.2)"):
+        assert word in told
+
+
+@pytest.mark.parametrize(
+    ("changes", "answer", "word"),
+    [
+        ({"quality": made.eval_report(held_out=1.5)}, "stop", "much worse"),
+        ({"quality": made.eval_report(held_out=1.2, spread=0.03)}, "look", "somewhat worse"),
+        # The interval reaches beyond a threshold: neither fine nor against.
+        ({"quality": made.eval_report(held_out=1.09, spread=0.03)}, "look", "somewhat worse"),
+        ({"quality": made.eval_report(held_out=1.27, spread=0.03)}, "look", "somewhat worse"),
+        ({"quality": made.eval_report(held_out=0.95, spread=0.01)}, "ship", "better"),
+        ({"quality": made.eval_report(held_out=1.005, spread=0.02)}, "ship", "no difference shown"),
+        # General text alone never decides.
+        ({"quality": made.eval_report(general=40.0)}, "ship", "given up in part"),
+        (
+            {"parity": (made.parity_report(), made.parity_report("original", "fail"))},
+            "stop",
+            "failed for 1 of 2",
+        ),
+        ({"parity": ()}, "unknown", "not measured"),
+        ({"quality": None, "manifest": None}, "unknown", "not measured"),
+        ({"suites": (with_ratio(0.9, "slower", "higher"),)}, "look", "slower"),
+        ({"suites": (with_ratio(1.0, "no difference shown"),)}, "look", "no difference shown"),
+        ({"suites": (made.suite(), made.failed_suite())}, "look", "faster"),
+        ({"suites": ()}, "ship", "smaller"),
+        (
+            {"suites": (with_ratio(1.0, "no difference shown"),), "artifacts": larger_files()},
+            "stop",
+            "not smaller",
+        ),
+    ],
+)
+def test_situations(changes: dict[str, Any], answer: str, word: str) -> None:
+    if changes.get("artifacts"):
+        changes = {**changes, "manifest": None}
+    found = verdict(**changes)
+    assert found.answer == answer, found.reasons
+    assert any(word in one.word for one in found.aspects), found.aspects
+
+
+def test_what_failed_is_told_in_its_row() -> None:
+    found = verdict(suites=(made.suite(), made.failed_suite()))
+    assert any("ran out of memory" in fact.change for fact in aspect(found, "Speed").facts)
+
+
+def test_pruning_itself_measured_quality_without_an_interval() -> None:
+    one = aspect(verdict(quality=None), "Quality on the expert's documents")
+    assert (one.status, one.word) == ("ok", "kept")
+    (fact,) = one.facts
+    assert fact.change == "+4.0 %"
+    assert "without an interval" in fact.label
+
+
+def test_nothing_known_has_no_verdict() -> None:
+    assert judge(Evidence(None, None, (), (), ())) is None
+
+
+def test_the_report_states_the_thresholds_that_decide() -> None:
+    found = verdict()
+    for rule in RULES.values():
+        stated = aspect(found, rule.aspect).rule
+        for value in (rule.fine, rule.against):
+            if value is not None:
+                assert f"+{100 * (value - 1):.0f}%" in stated
+    assert "Ship it:" in found.rule
