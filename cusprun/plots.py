@@ -38,6 +38,7 @@ _LEGEND_ROW_INCHES = 0.22
 _ROW_INCHES = 0.27
 _DOTS_PER_INCH = 120
 _HEAT_STEPS = 20
+_NARROW = 6.0  # between the ends of a logarithmic axis: powers of ten would leave it almost without ticks
 
 
 @dataclass(frozen=True)
@@ -98,13 +99,17 @@ class Forest:
 
 @dataclass(frozen=True)
 class Heat:
-    """Shares from 0 to 1, a row for each layer, the first at the top; ``row_labels`` name the rows."""
+    """Shares from 0 to 1, a row for each layer, the first at the top; ``row_labels`` name the rows.
+
+    The columns are ``columns`` units wide together, as the horizontal axis counts them.
+    """
 
     title: str
     x_label: str
     y_label: str
     scale_label: str
     values: tuple[tuple[float, ...], ...]
+    columns: int
     row_labels: tuple[str, ...] = ()
 
 
@@ -112,19 +117,24 @@ AnyPanel: TypeAlias = Panel | Forest | Heat
 
 
 @dataclass(frozen=True)
-class Theme:
-    """Colours of a picture that stands in a page; the ground is the page's own."""
+class Palette:
+    """Colours of pictures in a page, as ``#rrggbb``; no two are the same, since each stands for a name."""
 
-    name: str
     text: str
     grid: str
     cycle: tuple[str, ...]
-    heat: str
+
+    def names(self) -> dict[str, str]:
+        """Return each colour with the CSS custom property by which a page may set another."""
+        numbered = {colour: f"--plot-{number}" for number, colour in enumerate(self.cycle)}
+        return {self.text: "--plot-text", self.grid: "--plot-grid", **numbered}
 
 
-LIGHT = Theme("light", "#1b1b1f", "#b9b9c4", ("#5a5a66", "#0b57d0", "#9a3b00", "#00695c", "#7b1fa2"), "Blues")
-DARK = Theme("dark", "#e7e7ee", "#55555f", ("#b4b4c2", "#8ab4f8", "#ffab70", "#6fd6c4", "#d7a6f0"), "Blues_r")
-"""Every colour has a contrast of 4.5 or more against the ground of its theme, white or nearly black."""
+PALETTE = Palette("#1b1b1f", "#b9b9c4", ("#5a5a66", "#0b57d0", "#9a3b00", "#00695c", "#7b1fa2"))
+"""For a white page; a dark one sets the custom properties."""
+
+_HEAT = "cividis"
+"""Dark to bright on a white ground and on a black one, and the same to eyes that see fewer colours."""
 
 
 def check_picture(path: Path) -> None:
@@ -165,11 +175,11 @@ def draw(panels: Sequence[AnyPanel], path: Path, title: str, kind: str | None = 
         figure.savefig(path, format=chosen, dpi=_DOTS_PER_INCH, metadata=undated)
 
 
-def inline_svg(panel: AnyPanel, theme: Theme, prefix: str) -> str:
+def inline_svg(panel: AnyPanel, prefix: str) -> str:
     """Return one panel as an ``<svg>`` element that can stand in an HTML page beside others.
 
-    Its ids begin with ``prefix``; it holds no style sheet, script or address, and no text but the panel's.
-    Equal panels give equal text.
+    Its ids begin with ``prefix``, and its colours are the custom properties of ``PALETTE``; it holds no style
+    sheet, script or address, and no text but the panel's. Equal panels give equal text.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -178,8 +188,8 @@ def inline_svg(panel: AnyPanel, theme: Theme, prefix: str) -> str:
     from xml.etree import ElementTree
 
     stream = io.BytesIO()
-    with _settings(_page_settings(theme)):
-        figure = _figure((panel,), "", _PAGE_PANEL_INCHES, len(theme.cycle), theme.heat)
+    with _settings(_page_settings()):
+        figure = _figure((panel,), "", _PAGE_PANEL_INCHES, len(PALETTE.cycle))
         unsaid = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(stream, format="svg", dpi=_DOTS_PER_INCH, transparent=True, metadata=unsaid)
     root = ElementTree.fromstring(stream.getvalue())
@@ -200,14 +210,14 @@ def _settings(more: Mapping[str, Any]) -> Iterator[None]:
         yield
 
 
-def _page_settings(theme: Theme) -> dict[str, Any]:
+def _page_settings() -> dict[str, Any]:
     from matplotlib import cycler
 
     named = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     return {
-        **dict.fromkeys(named, theme.text),
-        "grid.color": theme.grid,
-        "axes.prop_cycle": cycler(color=theme.cycle),
+        **dict.fromkeys(named, PALETTE.text),
+        "grid.color": PALETTE.grid,
+        "axes.prop_cycle": cycler(color=PALETTE.cycle),
         "legend.frameon": False,
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -220,7 +230,6 @@ def _figure(
     title: str,
     panel_inches: tuple[float, float],
     colours: int,
-    heat: str = "viridis",
 ) -> Figure:
     from matplotlib.figure import Figure
 
@@ -233,7 +242,7 @@ def _figure(
     size = (columns * panel_inches[0], rows * height + legend_rows * _LEGEND_ROW_INCHES)
     figure = Figure(figsize=size, layout="constrained")
     handles: dict[str, Any] = {}
-    pen = _Pen(labels, handles, colours, heat)
+    pen = _Pen(labels, handles, colours)
     for position, panel in enumerate(panels):
         _DRAWN[type(panel)](figure.add_subplot(rows, columns, position + 1), panel, pen)
     if title:
@@ -257,7 +266,6 @@ class _Pen:
     labels: Sequence[str]
     handles: dict[str, Any]
     colours: int
-    heat: str
 
 
 def _draw_lines(axes: Axes, panel: Panel, pen: _Pen) -> None:
@@ -313,30 +321,54 @@ def _draw_forest(axes: Axes, panel: Forest, _pen: _Pen) -> None:
     axes.set_yticks(range(len(panel.marks)), [_printable(mark.label) for mark in panel.marks])
     axes.set_ylim(len(panel.marks) - 0.5, -0.5)
     if panel.logarithmic:
-        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0), numticks=12))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        _scale_ratios(axes, panel)
     if panel.from_zero:
         axes.set_xlim(0, max(panel.reference, *(mark.high for mark in panel.marks)) * 1.05)
     _name(axes, panel.title, panel.x_label, "")
     axes.grid(alpha=0.3, axis="x")
 
 
-def _draw_heat(axes: Axes, panel: Heat, pen: _Pen) -> None:
+def _scale_ratios(axes: Axes, panel: Forest) -> None:
+    """Set a logarithmic axis on which a half is as far from 1 as 2 is, with ticks in plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    low = min(panel.reference, *(mark.low for mark in panel.marks))
+    high = max(panel.reference, *(mark.high for mark in panel.marks))
+    if low <= 0:  # no ratio, and nothing that such an axis could show
+        return
+    axes.set_xscale("log")
+    narrow = high / low < _NARROW
+    axes.xaxis.set_major_locator(
+        MaxNLocator(5, steps=[1, 2, 5, 10]) if narrow else LogLocator(subs=(1.0, 2.0, 5.0))
+    )
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    margin = (high / low) ** 0.06 * 1.005
+    axes.set_xlim(low / margin, high * margin)
+
+
+def _draw_heat(axes: Axes, panel: Heat, _pen: _Pen) -> None:
     import matplotlib as mpl
 
     # Each colour of the scale is an element of the picture, and an eye tells no more apart.
-    colours = mpl.colormaps[pen.heat].resampled(_HEAT_STEPS)
+    colours = mpl.colormaps[_HEAT].resampled(_HEAT_STEPS)
     shown = axes.imshow(
-        panel.values, vmin=0.0, vmax=1.0, aspect="auto", interpolation="nearest", cmap=colours
+        panel.values,
+        vmin=0.0,
+        vmax=1.0,
+        aspect="auto",
+        interpolation="nearest",
+        cmap=colours,
+        extent=(0, panel.columns, len(panel.values), 0),
     )
+    if panel.columns <= 16:
+        axes.set_xticks([place + 0.5 for place in range(panel.columns)], map(str, range(panel.columns)))
     if panel.row_labels:
         step = -(-len(panel.row_labels) // 16)  # more names than sixteen run into each other
         places = range(0, len(panel.row_labels), step)
-        axes.set_yticks(places, [_printable(panel.row_labels[place]) for place in places])
+        axes.set_yticks(
+            [place + 0.5 for place in places], [_printable(panel.row_labels[place]) for place in places]
+        )
     figure = axes.figure
     figure.colorbar(shown, ax=axes, label=_printable(panel.scale_label))
     _name(axes, panel.title, panel.x_label, panel.y_label)
@@ -362,7 +394,8 @@ def _printable(text: str) -> str:
 
 
 def _to_html(root: Element, prefix: str) -> None:
-    """Turn an SVG document into an element of a page: no namespaces, own ids, no sheet, the page's width."""
+    """Turn an SVG document into an element of a page: no namespaces or sheet, own ids, the page's colours."""
+    colours = {colour: f"var({name}, {colour})" for colour, name in PALETTE.names().items()}
     for parent in list(root.iter()):
         for child in list(parent):
             if child.tag.rpartition("}")[2] in ("metadata", "style"):
@@ -377,6 +410,9 @@ def _to_html(root: Element, prefix: str) -> None:
                 own = f"{prefix}-{value}"
             elif plain == "href" and value.startswith("#"):
                 own = f"#{prefix}-{value[1:]}"
+            elif plain == "style":
+                for colour, variable in colours.items():
+                    own = own.replace(colour, variable)
             element.set(plain, own)
     # What the sheet said of every element, and the view box alone gives the size.
     root.attrib.update({"stroke-linejoin": "round", "stroke-linecap": "butt"})

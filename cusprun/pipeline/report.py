@@ -93,6 +93,7 @@ def build_page(found: Sequence[Result], unread: Sequence[Unread] = ()) -> Page:
     """
     from cusprun.pipeline.reporting.kinds import KINDS, ordered
     from cusprun.pipeline.reporting.verdict import judge
+    from cusprun.pipeline.reporting.wording import moment
     from serve.report.view import Page
 
     by_kind = {name: [result.record for result in found if result.kind.name == name] for name in KINDS}
@@ -106,7 +107,7 @@ def build_page(found: Sequence[Result], unread: Sequence[Unread] = ()) -> Page:
         verdict=judge(_evidence(by_kind)),
         unread=tuple(unread),
         sections=ordered(sections),
-        created=max((getattr(result.record, "created", "") for result in found), default=""),
+        created=moment(max((getattr(result.record, "created", "") for result in found), default="")),
         cusprun_version=__version__,
     )
 

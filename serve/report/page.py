@@ -6,11 +6,11 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from cusprun.errors import MissingDependencyError
-from cusprun.plots import COMMAND, DARK, LIGHT, inline_svg, require_plots
+from cusprun.plots import COMMAND, inline_svg, require_plots
 from serve.report.view import Page, Picture
 
 if TYPE_CHECKING:
-    from markupsafe import Markup
+    pass
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 """What a browser may load for the page: nothing; heat maps are images inside their pictures."""
@@ -45,7 +45,7 @@ def _file(name: str) -> str:
 
 
 def _drawn(page: Page) -> dict[str, list[dict[str, Any]]]:
-    """Return each picture's panels by its name, light and dark; nothing when matplotlib is not there."""
+    """Return each picture's panels by its name; nothing when matplotlib is not there."""
     try:
         require_plots()
     except MissingDependencyError:
@@ -57,13 +57,10 @@ def _drawn(page: Page) -> dict[str, list[dict[str, Any]]]:
 def _panels(picture: Picture) -> list[dict[str, Any]]:
     from markupsafe import Markup
 
-    def svg(number: int, theme: Any) -> Markup:
-        return Markup(inline_svg(picture.panels[number], theme, f"{picture.name}-{number}-{theme.name}"))
-
     return [
         {
             "label": f"{panel.title}. {picture.description}" if panel.title else picture.description,
-            "themes": {theme.name: svg(number, theme) for theme in (LIGHT, DARK)},
+            "svg": Markup(inline_svg(panel, f"{picture.name}-{number}")),
         }
         for number, panel in enumerate(picture.panels)
     ]

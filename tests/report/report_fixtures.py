@@ -8,6 +8,8 @@ from typing import Any
 
 from cusprun.codec import Indices
 from cusprun.pipeline.curve import CurvePoint, CurveQuality, SweepReport
+from cusprun.pipeline.reporting.inputs import Result
+from cusprun.pipeline.reporting.kinds import KINDS
 from cusprun.pipeline.results import ArtifactFile, RunReport
 from cusprun.pipeline.samples import SampleAnswer
 from cusprun.pruning.overlap import ComparedDimension, KindOverlap, LayerOverlap, OverlapReport
@@ -383,3 +385,17 @@ def sweep_report() -> SweepReport:
         original=point(0),
         points=tuple(point(ratio) for ratio in (0.1, 0.2, 0.3, 0.4, 0.5)),
     )
+
+
+def results(**records: Any) -> list[Result]:
+    return [Result(KINDS[name], f"{name}.json", record) for name, record in records.items()]
+
+
+def everything(run: Any = None) -> list[Result]:
+    """Everything that a run and its companions hold, as reading them gives it."""
+    chosen = run or run_report()
+    return [
+        *results(run=chosen, manifest=manifest(), bench=chosen.bench, evaluation=chosen.quality),
+        *(Result(KINDS["proof"], "results.json", one) for one in chosen.parity),
+        *results(overlap=overlap_report(), sweep=sweep_report()),
+    ]

@@ -132,12 +132,12 @@ def test_one_unreadable_file_takes_nothing_with_it(
         changed(other, lambda plain: plain.update(ratio="a third"))
     else:
         other.write_text(other.read_text()[:-40])
-    out = tmp_path / "report.html"
+    out = tmp_path / "report.md"
     code, told, err = call(run_folder, other, "--out", out)
     assert (code, told) == (3, f"wrote {out}\n")
     assert "other.json" in err
     text = out.read_text(encoding="utf-8")
-    assert "<strong>other.json</strong> could not be read: " in text
+    assert "- **other.json** could not be read: " in text
     assert {"version": "schema version 7", "truncated": "read as JSON", "key": "ratio must be"}[
         damage
     ] in text

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from cusprun.pipeline.reporting.wording import counted
+from cusprun.pipeline.reporting.wording import counted, moment
 from cusprun.plots import Heat, Line, Panel
 from cusprun.records import DIMENSIONS, LayerPlan, Manifest, Plan, Source
 from serve.report.view import Block, Bullets, Code, Grid, Heading, Picture, Prose, Section
@@ -120,46 +120,43 @@ def _candidates(plan: Plan) -> Grid:
 
 def _kept(manifest: Manifest, name: str) -> Iterator[Block]:
     """Yield the picture of what each layer of the original kept."""
-    plan = manifest.plan
+    plan, before = manifest.plan, manifest.plan.before
     layers: dict[int, LayerPlan] = dict(zip(plan.kept_blocks, plan.layers, strict=False))
     if not layers:
         return
-    before = plan.before
-    numbers = tuple(str(layer) for layer in range(before.num_hidden_layers))
-    panels = [
-        Heat(
-            "FFN channels",
-            f"channel, in bins of {before.intermediate_size / _num_bins(before.intermediate_size):.3g}",
-            "layer",
-            "share kept",
-            tuple(
-                _binned(layers[layer].ffn_channels if layer in layers else (), before.intermediate_size)
-                for layer in range(before.num_hidden_layers)
-            ),
-            numbers,
-        )
-    ]
-    if plan.before.num_key_value_heads > 1:
-        panels.append(
-            Heat(
-                "KV groups, with their query heads",
-                "KV group",
-                "layer",
-                "kept",
-                tuple(
-                    _binned(layers[layer].kv_groups if layer in layers else (), before.num_key_value_heads)
-                    for layer in range(before.num_hidden_layers)
-                ),
-                numbers,
-            )
-        )
+    width, groups = before.intermediate_size, before.num_key_value_heads
+    to_a_column = f"channel, {width / _num_bins(width):.3g} to a column"
+    channels = {layer: kept.ffn_channels for layer, kept in layers.items()}
+    panels = [_heat("FFN channels", to_a_column, "share kept", channels, width, before.num_hidden_layers)]
+    whole = all(len(kept.kv_groups) == groups for kept in layers.values())
+    if groups > 1 and not whole:
+        kept_groups = {layer: kept.kv_groups for layer, kept in layers.items()}
+        title = "KV groups, with their query heads"
+        panels.append(_heat(title, "KV group", "kept", kept_groups, groups, before.num_hidden_layers))
     yield Heading("What each layer kept")
+    if whole:
+        yield Prose("Every KV group of the layers that are left stayed, so the picture is of the FFN alone.")
     yield Picture(
         name,
         "Rows are layers of the original, the first at the top; columns are its channels or groups; the "
-        "stronger a cell stands out, the more of it was kept. Where a whole block went, its row is empty.",
+        "brighter a cell, the more of it was kept. Where a whole block went, its row is dark.",
         tuple(panels),
         (_layer_grid(plan, layers),),
+    )
+
+
+def _heat(
+    title: str, x_label: str, scale_label: str, kept: Mapping[int, Sequence[int]], width: int, num_layers: int
+) -> Heat:
+    """Return the shares that each layer kept of its ``width`` units; a layer not in ``kept`` went whole."""
+    return Heat(
+        title=title,
+        x_label=x_label,
+        y_label="layer",
+        scale_label=scale_label,
+        values=tuple(_binned(kept.get(layer, ()), width) for layer in range(num_layers)),
+        columns=width,
+        row_labels=tuple(map(str, range(num_layers))),
     )
 
 
@@ -251,7 +248,7 @@ def _again(manifest: Manifest) -> Iterator[Block]:
     yield Grid("Hashes (SHA-256)", ("of", "hash"), hashes, texts=(1,))
     facts = (
         ("seed", str(manifest.expert.seed)),
-        ("made", manifest.created),
+        ("made", moment(manifest.created)),
         ("cusprun", manifest.cusprun_version),
         *manifest.versions.items(),
         *((f"seconds for {stage}", f"{value:,.1f}") for stage, value in manifest.seconds.items()),

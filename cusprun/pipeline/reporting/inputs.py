@@ -44,7 +44,11 @@ def read_results(paths: Sequence[Path]) -> tuple[tuple[Result, ...], tuple[Unrea
     """
     found: list[Result] = []
     unread: list[Unread] = []
-    for name, file in dict.fromkeys(entry for path in paths for entry in _files(path)):
+    files: dict[Path, str] = {}
+    for path in paths:
+        for name, file in _files(path):
+            files.setdefault(file, name)
+    for file, name in files.items():
         try:
             for result in _read(name, file, unread):
                 if not any(result.record == other.record for other in found):
@@ -91,7 +95,9 @@ def _json_of(file: Path) -> Any:
 
     try:
         return json.loads(file.read_text(encoding="utf-8-sig"), parse_constant=refuse)
-    except (OSError, ValueError, RecursionError) as fault:
+    except OSError as fault:  # its own text names the user's folder
+        raise _UnreadableError(f"it cannot be read ({fault.strerror}); check the file") from None
+    except (ValueError, RecursionError) as fault:
         raise _UnreadableError(f"it cannot be read as JSON ({fault}); make it again") from None
 
 

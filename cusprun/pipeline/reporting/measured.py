@@ -56,15 +56,19 @@ def _measured(suites: Sequence[Suite]) -> Iterator[Block]:
             "before, pair by pair; where their interval contains 1, no difference was shown."
         )
     for suite in suites:
-        yield Grid(
-            f"The files measured in {title_of(suite)}",
-            ("side", "file", "size", "parameters", "bits per weight", "precision"),
-            tuple(
-                _artifact_row(side, one) for side, one in (("before", suite.before), ("after", suite.after))
-            ),
-            texts=(1, 5),
-        )
+        if suite.failure is None:
+            yield _artifact_grid(suite)
         yield _comparison_grid(suite)
+
+
+def _artifact_grid(suite: Suite) -> Grid:
+    sides = (("before", suite.before), ("after", suite.after))
+    return Grid(
+        f"The files measured in {title_of(suite)}",
+        ("side", "file", "size", "parameters", "bits per weight", "precision"),
+        tuple(_artifact_row(side, artifact) for side, artifact in sides),
+        texts=(1, 5),
+    )
 
 
 def _artifact_row(side: str, artifact: Artifact) -> tuple[str, ...]:
@@ -83,7 +87,7 @@ def _artifact_row(side: str, artifact: Artifact) -> tuple[str, ...]:
 
 def _comparison_grid(suite: Suite) -> Grid:
     columns = ("what", "before", "after", "after ÷ before", "verdict")
-    title = f"Before and after in {title_of(suite)}, {counted(suite.num_pairs, 'pair')} of runs"
+    title = f"Before and after in {title_of(suite)}"
     if suite.failure is not None:
         rows: tuple[tuple[str, ...], ...] = (("everything", "", "", "", f"failed: {suite.failure}"),)
         return Grid(title, columns, rows, texts=(4,))
@@ -97,7 +101,7 @@ def _comparison_grid(suite: Suite) -> Grid:
         )
         for one in suite.comparisons
     )
-    return Grid(title, columns, rows, texts=(4,))
+    return Grid(f"{title}, {counted(suite.num_pairs, 'pair')} of runs", columns, rows, texts=(4,))
 
 
 def _verdict_text(comparison: Comparison) -> str:
@@ -162,14 +166,14 @@ def _lengths_grid(suite: Suite, comparisons: Sequence[Comparison]) -> Grid:
 
 def _ratio_picture(suite: Suite, name: str) -> Picture:
     panels = []
-    for better, sign in (("higher", ">"), ("lower", "<")):
+    for better in ("higher", "lower"):
         marks = tuple(
             Mark(metric_label(one), one.ratio.median, one.ratio.low, one.ratio.high, shown(one))
             for one in suite.comparisons
             if one.better == better
         )
         if marks:
-            title = f"{better.capitalize()} is better: an expert that is better has a ratio {sign} 1"
+            title = f"{better.capitalize()} is better"
             panels.append(Forest(title, "after ÷ before", marks, logarithmic=True))
     rows = tuple((metric_label(one), ratio(one.ratio), one.verdict) for one in suite.comparisons)
     return Picture(

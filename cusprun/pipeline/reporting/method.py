@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 
 from cusprun.pipeline.reporting.measured import title_of
-from cusprun.pipeline.reporting.wording import amount, metric_base
+from cusprun.pipeline.reporting.wording import amount, metric_base, moment
 from serve.bench.records import BenchOptions, BenchReport, Environment, Suite
 from serve.report.view import Block, Bullets, Grid, Heading, Prose, Section
 
@@ -86,7 +86,7 @@ def method_sections(reports: Sequence[BenchReport]) -> Iterator[Section]:
 def _environment(machine: Environment, created: str) -> Grid:
     load = "not reported" if machine.load_average is None else f"{machine.load_average:.2f}"
     rows = [
-        ("measured", created),
+        ("measured", moment(created)),
         ("CPU", machine.cpu_model),
         ("physical cores", str(machine.physical_cores)),
         ("threads", str(machine.num_threads)),
@@ -98,15 +98,20 @@ def _environment(machine: Environment, created: str) -> Grid:
         ("system", machine.operating_system),
         ("versions", ", ".join(f"{name} {version}" for name, version in machine.versions.items())),
     ]
-    return Grid(f"The machine, {created}", ("", "value"), tuple(rows), texts=(1,))
+    return Grid(f"The machine, {moment(created)}", ("what", "value"), tuple(rows), texts=(1,))
 
 
 def _options(options: BenchOptions) -> Grid:
     rows = tuple(
-        (field.name.replace("_", " "), _option_text(getattr(options, field.name)))
-        for field in fields(options)
+        (_option_name(field.name), _option_text(getattr(options, field.name))) for field in fields(options)
     )
     return Grid("Options of the benchmark", ("option", "value"), rows, texts=(1,))
+
+
+def _option_name(name: str) -> str:
+    """Return the name of an option in words, such as ``time limit (s)``."""
+    words = name.replace("num_", "number of ")
+    return (words.removesuffix("_s") + " (s)" if words.endswith("_s") else words).replace("_", " ")
 
 
 def _option_text(value: object) -> str:
@@ -128,7 +133,7 @@ def _course(suite: Suite) -> Iterator[Block]:
         for lost in suite.lost_runs
     ]
     told += [f"Noisy machine: {sentence}." for sentence in suite.noise]
-    yield Heading(f"The course in {title_of(suite)}")
+    yield Heading(f"What happened in {title_of(suite)}")
     yield Bullets(tuple(sentence.replace("..", ".") for sentence in told))
 
 

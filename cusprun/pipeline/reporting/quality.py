@@ -136,4 +136,4 @@ def parity_sections(reports: Sequence[ParityReport]) -> Iterator[Section]:
         Grid("Proofs", columns, rows, texts=(1, 6, 7)),
     ]
     blocks += [Bullets(failures)] if failures else []
-    yield Section("parity", "Do the exports compute the same?", tuple(blocks))
+    yield Section("parity", "Exports, and whether they compute the same", tuple(blocks))

@@ -19,7 +19,9 @@ def run_sections(reports: Sequence[RunReport]) -> Iterator[Section]:
         yield Section("table", "Before and after", (grid,))
         if report.samples:
             yield Section("answers", "Answers side by side", tuple(_samples(report.samples)))
-        yield Section("reproduce", "How to make it again", tuple(_again(report)))
+        if report.artifacts:
+            yield Section("parity", "Exports, and whether they compute the same", (_exports(report),))
+        yield Section("reproduce", "How to make it again", (_recipe(report),))
 
 
 def _samples(samples: Sequence[SampleAnswer]) -> Iterator[Block]:
@@ -39,7 +41,7 @@ def _samples(samples: Sequence[SampleAnswer]) -> Iterator[Block]:
         )
 
 
-def _again(report: RunReport) -> Iterator[Block]:
+def _recipe(report: RunReport) -> Code:
     import yaml
 
     tree = {
@@ -52,14 +54,14 @@ def _again(report: RunReport) -> Iterator[Block]:
         ],
     }
     text = str(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)).rstrip()
-    yield Code("recipe.yaml: the whole way; run it with cusprun run recipe.yaml", text)
-    if report.artifacts:
-        sides = {"before": "original", "after": "expert"}
-        rows = tuple(
-            (file.file_name, sides.get(file.side, file.side), file.kind, amount(file.file_bytes, "bytes"))
-            for file in report.artifacts
-        )
-        yield Grid("Exports", ("file", "of", "format", "size"), rows, texts=(1, 2))
-    if report.seconds:
-        seconds = tuple((stage, f"{value:,.1f} s") for stage, value in report.seconds.items())
-        yield Grid("Time of the stages of this run", ("stage", "time"), seconds)
+    took = f"; its stages took {sum(report.seconds.values()):,.0f} s" if report.seconds else ""
+    return Code(f"recipe.yaml: the whole way, by cusprun run recipe.yaml{took}", text)
+
+
+def _exports(report: RunReport) -> Grid:
+    sides = {"before": "original", "after": "expert"}
+    rows = tuple(
+        (file.file_name, sides.get(file.side, file.side), file.kind, amount(file.file_bytes, "bytes"))
+        for file in report.artifacts
+    )
+    return Grid("Exports", ("file", "of", "format", "size"), rows, texts=(1, 2))

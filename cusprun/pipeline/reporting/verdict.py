@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from cusprun.pipeline.reporting.wording import (
     amount,
     change,
-    estimate,
+    counted,
     improved,
     metric_base,
     metric_label,
@@ -97,6 +97,7 @@ OVERALL = (
 
 _SPEEDS = ("decode_tokens_per_second", "prompt_tokens_per_second")
 _PEAK = "peak_memory_bytes"
+_MOST_PROOFS = 3  # shown in the verdict, failed ones first
 
 
 @dataclass(frozen=True)
@@ -150,13 +151,17 @@ def _reasons(aspects: Sequence[Aspect]) -> Iterator[str]:
         for aspect in aspects:
             if aspect.status == status:
                 first = next((fact for fact in aspect.facts), None)
-                details = f" ({first.label}: {first.change})" if first and first.change else ""
-                yield f"{opening}: {aspect.name.lower()}, {aspect.word}{details}."
+                details = f" {_capital(first.label)}: {first.change}." if first and first.change else ""
+                yield f"{opening}: {aspect.name.lower()} ({aspect.word}).{details}"
     if _nothing_gained(gains):
         yield "Against it: neither size nor speed nor memory is shown to be better."
     missing = [aspect.name.lower() for aspect in aspects if aspect.status == "unknown"]
     if missing:
         yield f"Not measured: {', '.join(missing)}."
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _unknown(name: str, rule: str) -> Aspect:
@@ -177,6 +182,9 @@ def _parity(reports: Sequence[ParityReport]) -> Aspect:
         for report in (*failed, *(report for report in reports if report.verdict == "pass"))
     )
     word = "proven" if not failed else f"failed for {len(failed)} of {len(reports)}"
+    left = len(facts) - _MOST_PROOFS
+    if left > 0:
+        facts = (*facts[:_MOST_PROOFS], Fact(f"and {left} more", "", "see the proofs below", ""))
     return Aspect(PARITY, "stop" if failed else "ok", word, facts, TEXTS[PARITY])
 
 
@@ -194,8 +202,8 @@ def _quality(name: str, rule: Rule, evidence: Evidence) -> Aspect:
     status, word = rule.judge(spread.low, spread.high)
     fact = Fact(
         f"perplexity, {after.documents:,} documents",
-        estimate(before.perplexity),
-        estimate(after.perplexity),
+        f"{before.perplexity.value:.2f}",
+        f"{after.perplexity.value:.2f}",
         change(spread.low, spread.value, spread.high),
     )
     return Aspect(rule.aspect, _informing(rule, status), word, (fact,), rule.text)
@@ -257,9 +265,7 @@ def _compared(
     words: tuple[str, str, str],
 ) -> Aspect:
     failed = tuple(
-        Fact(suite.runtime, "", "", f"failed: {suite.failure}")
-        for suite in suites
-        if suite.failure is not None
+        Fact(suite.runtime, "", "failed", suite.failure) for suite in suites if suite.failure is not None
     )
     if not chosen:
         unknown = _unknown(name, TEXTS[name])
@@ -281,7 +287,9 @@ def _compared(
         status, word = "ok", better if len(found) == len(chosen) else f"{better} in part"
     else:
         status, word = "look", worse if not any(found) else f"{better} and {worse}"
-    return Aspect(name, "look" if failed else status, word, (*facts, *failed), TEXTS[name])
+    if failed:
+        status, word = "look", f"{word}; {counted(len(failed), 'runtime')} failed"
+    return Aspect(name, status, word, (*failed, *facts), TEXTS[name])
 
 
 def _size(evidence: Evidence) -> Aspect:

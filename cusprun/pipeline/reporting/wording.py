@@ -84,10 +84,15 @@ def ratio(spread: Interval) -> str:
 
 def change(low: float, middle: float, high: float) -> str:
     """Return a ratio as a change, such as ``+21.0 % (+16.5 to +26.5)``; an exact one has no interval."""
-    first, second, third = (100 * (value - 1) for value in (low, middle, high))
+    first, second, third = (f"{100 * (value - 1):+.1f}".replace("-", "−") for value in (low, middle, high))
     if low == middle == high:
-        return "the same" if middle == 1 else f"{second:+.1f} %"
-    return f"{second:+.1f} % ({first:+.1f} to {third:+.1f})"
+        return "the same" if middle == 1 else f"{second} %"
+    return f"{second} % ({first} to {third})"
+
+
+def moment(iso: str) -> str:
+    """Return a moment as ISO 8601 writes it in a form that is easier to read."""
+    return f"{iso[:10]} {iso[11:16]} UTC" if iso.endswith("+00:00") and len(iso) >= 22 else iso
 
 
 def estimate(spread: Spread, form: str = ".2f") -> str:
