@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from cusprun.errors import MissingDependencyError, UserError
 
 if TYPE_CHECKING:
-    from xml.etree.ElementTree import Element
-
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -118,20 +116,12 @@ AnyPanel: TypeAlias = Panel | Forest | Heat
 
 @dataclass(frozen=True)
 class Palette:
-    """Colours of pictures in a page, as ``#rrggbb``; no two are the same, since each stands for a name."""
+    """Colours of a picture that stands in a page, as ``#rrggbb``; the ground is the page's own."""
 
     text: str
     grid: str
     cycle: tuple[str, ...]
 
-    def names(self) -> dict[str, str]:
-        """Return each colour with the CSS custom property by which a page may set another."""
-        numbered = {colour: f"--plot-{number}" for number, colour in enumerate(self.cycle)}
-        return {self.text: "--plot-text", self.grid: "--plot-grid", **numbered}
-
-
-PALETTE = Palette("#1b1b1f", "#b9b9c4", ("#5a5a66", "#0b57d0", "#9a3b00", "#00695c", "#7b1fa2"))
-"""For a white page; a dark one sets the custom properties."""
 
 _HEAT = "cividis"
 """Dark to bright on a white ground and on a black one, and the same to eyes that see fewer colours."""
@@ -175,30 +165,23 @@ def draw(panels: Sequence[AnyPanel], path: Path, title: str, kind: str | None = 
         figure.savefig(path, format=chosen, dpi=_DOTS_PER_INCH, metadata=undated)
 
 
-def inline_svg(panel: AnyPanel, prefix: str) -> str:
-    """Return one panel as an ``<svg>`` element that can stand in an HTML page beside others.
-
-    Its ids begin with ``prefix``, and its colours are the custom properties of ``PALETTE``; it holds no style
-    sheet, script or address, and no text but the panel's. Equal panels give equal text.
+def svg_document(panel: AnyPanel, palette: Palette) -> bytes:
+    """Return one panel as an SVG document on no ground, its text as text; equal panels give equal bytes.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
     require_plots()
-    from xml.etree import ElementTree
-
     stream = io.BytesIO()
-    with _settings(_page_settings()):
-        figure = _figure((panel,), "", _PAGE_PANEL_INCHES, len(PALETTE.cycle))
+    with _settings(_page_settings(palette)):
+        figure = _figure((panel,), "", _PAGE_PANEL_INCHES, len(palette.cycle))
         unsaid = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(stream, format="svg", dpi=_DOTS_PER_INCH, transparent=True, metadata=unsaid)
-    root = ElementTree.fromstring(stream.getvalue())
-    _to_html(root, prefix)
-    return ElementTree.tostring(root, encoding="unicode", short_empty_elements=False)
+    return stream.getvalue()
 
 
 @contextmanager
-def _settings(more: Mapping[str, Any]) -> Iterator[None]:
+def _settings(more: Any) -> Iterator[None]:
     import matplotlib as mpl
 
     # A dollar in a user's name is no formula, and a script that the font lacks is drawn as boxes.
@@ -210,14 +193,14 @@ def _settings(more: Mapping[str, Any]) -> Iterator[None]:
         yield
 
 
-def _page_settings() -> dict[str, Any]:
-    from matplotlib import cycler
+def _page_settings(palette: Palette) -> dict[str, Any]:
+    from cycler import cycler
 
     named = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     return {
-        **dict.fromkeys(named, PALETTE.text),
-        "grid.color": PALETTE.grid,
-        "axes.prop_cycle": cycler(color=PALETTE.cycle),
+        **dict.fromkeys(named, palette.text),
+        "grid.color": palette.grid,
+        "axes.prop_cycle": cycler(color=palette.cycle),
         "legend.frameon": False,
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -391,30 +374,3 @@ def _name(axes: Axes, title: str, x_label: str, y_label: str) -> None:
 def _printable(text: str) -> str:
     """Return text without the control characters and half surrogates that XML cannot hold."""
     return "".join(sign if sign.isprintable() else " " for sign in text)
-
-
-def _to_html(root: Element, prefix: str) -> None:
-    """Turn an SVG document into an element of a page: no namespaces or sheet, own ids, the page's colours."""
-    colours = {colour: f"var({name}, {colour})" for colour, name in PALETTE.names().items()}
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if child.tag.rpartition("}")[2] in ("metadata", "style"):
-                parent.remove(child)
-    for element in root.iter():
-        element.tag = element.tag.rpartition("}")[2]
-        for name, value in list(element.attrib.items()):
-            del element.attrib[name]
-            plain = name.rpartition("}")[2]
-            own = value.replace("url(#", f"url(#{prefix}-")
-            if plain == "id":
-                own = f"{prefix}-{value}"
-            elif plain == "href" and value.startswith("#"):
-                own = f"#{prefix}-{value[1:]}"
-            elif plain == "style":
-                for colour, variable in colours.items():
-                    own = own.replace(colour, variable)
-            element.set(plain, own)
-    # What the sheet said of every element, and the view box alone gives the size.
-    root.attrib.update({"stroke-linejoin": "round", "stroke-linecap": "butt"})
-    for name in ("width", "height", "version"):
-        root.attrib.pop(name, None)

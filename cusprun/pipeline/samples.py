@@ -99,12 +99,12 @@ def sample_answers(
                     advance(1)
             finally:
                 runtime.close()
-    before, after = answers.values()
+    pairs = zip(prompts, *answers.values(), strict=True)
     return SampleReport(
         runtime=name,
         answers=tuple(
-            SampleAnswer(prompt.shown, *texts, prompt.reference, MAX_NEW_TOKENS, prompt.dimension)
-            for prompt, *texts in zip(prompts, before, after, strict=True)
+            SampleAnswer(prompt.shown, before, after, prompt.reference, MAX_NEW_TOKENS, prompt.dimension)
+            for prompt, before, after in pairs
         ),
     )
 

@@ -6,7 +6,8 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from cusprun.errors import MissingDependencyError
-from cusprun.plots import COMMAND, inline_svg, require_plots
+from cusprun.plots import COMMAND, require_plots
+from serve.report.pictures import inline_svg
 from serve.report.view import Page, Picture
 
 if TYPE_CHECKING:
