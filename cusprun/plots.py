@@ -225,7 +225,7 @@ def _figure(
     size = (columns * panel_inches[0], rows * height + legend_rows * _LEGEND_ROW_INCHES)
     figure = Figure(figsize=size, layout="constrained")
     handles: dict[str, Any] = {}
-    pen = _Pen(labels, handles, colours)
+    pen = _Pen(labels, handles, colours, apart=not title)
     for position, panel in enumerate(panels):
         _DRAWN[type(panel)](figure.add_subplot(rows, columns, position + 1), panel, pen)
     if title:
@@ -244,11 +244,15 @@ def _height(panel: AnyPanel, usual: float) -> float:
 
 @dataclass(frozen=True)
 class _Pen:
-    """What the panels of a figure share: labels of lines in their order, and the handles of the legend."""
+    """What the panels of a figure share: labels of lines in their order, and the handles of the legend.
+
+    With ``apart``, lines differ by more than colour as soon as there are two.
+    """
 
     labels: Sequence[str]
     handles: dict[str, Any]
     colours: int
+    apart: bool
 
 
 def _draw_lines(axes: Axes, panel: Panel, pen: _Pen) -> None:
@@ -257,7 +261,8 @@ def _draw_lines(axes: Axes, panel: Panel, pen: _Pen) -> None:
     for line in panel.lines:
         number = pen.labels.index(line.label)
         colour = mpl.rcParams["text.color"] if line.reference else f"C{number % pen.colours}"
-        style = ":" if line.reference else _STYLES[number // pen.colours % len(_STYLES)]
+        turn = 0 if line.bars else number if pen.apart else number // pen.colours
+        style = ":" if line.reference else _STYLES[turn % len(_STYLES)]
         marker = _MARKERS[number % len(_MARKERS)] if line.bars else "o"
         (handle,) = axes.plot(
             line.x,

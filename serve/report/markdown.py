@@ -67,7 +67,7 @@ def _verdict(verdict: Verdict) -> Iterator[str]:
 
 
 def _aspect_rows(aspect: Aspect) -> Iterator[tuple[str, ...]]:
-    said = f"{aspect.word} ({aspect.meaning})"
+    said = aspect.word if aspect.word == aspect.meaning else f"{aspect.word} ({aspect.meaning})"
     if not aspect.facts:
         yield aspect.name, said, "", "", "", ""
     for fact in aspect.facts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 from html.parser import HTMLParser
 from importlib import resources
@@ -130,6 +131,17 @@ def test_the_same_results_give_the_same_bytes(page: Page) -> None:
     # One picture of each sort is enough here: a heat map, lines and a forest.
     found = [one for one in everything() if one.kind.name in ("manifest", "evaluation")]
     assert render(build_page(found)) == render(build_page(found))
+
+
+def test_without_matplotlib_the_numbers_stay(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    html = render(page)
+    tree = Tree(html)
+    assert not tree.all("svg")
+    assert "pip install" in html
+    details = tree.all("details")
+    assert details
+    assert all("open" in one for one in details)
 
 
 def test_what_users_wrote_is_shown_and_never_run(evil_html: str) -> None:

@@ -131,5 +131,5 @@ def test_the_report_states_the_thresholds_that_decide() -> None:
         stated = aspect(found, rule.aspect).rule
         for value in (rule.fine, rule.against):
             if value is not None:
-                assert f"+{100 * (value - 1):.0f}%" in stated
+                assert f"+{100 * (value - 1):.0f} %" in stated
     assert "Ship it:" in found.rule

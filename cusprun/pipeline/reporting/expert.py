@@ -135,7 +135,7 @@ def _kept(manifest: Manifest, name: str) -> Iterator[Block]:
         panels.append(_heat(title, "KV group", "kept", kept_groups, groups, before.num_hidden_layers))
     yield Heading("What each layer kept")
     if whole:
-        yield Prose("Every KV group of the layers that are left stayed, so the picture is of the FFN alone.")
+        yield Prose("Every KV group of the layers that are left stayed, so the picture is of the FFN.")
     yield Picture(
         name,
         "Rows are layers of the original, the first at the top; columns are its channels or groups; the "

@@ -45,8 +45,8 @@ def bench_sections(reports: Sequence[BenchReport]) -> Iterator[Section]:
 
 
 def title_of(suite: Suite) -> str:
-    """Return what a report calls a suite."""
-    return f"{suite.library or suite.runtime} ({suite.runtime})"
+    """Return what a report calls a suite: the library without how it was built, and the runtime's key."""
+    return f"{suite.library.partition(': ')[0] or suite.runtime} ({suite.runtime})"
 
 
 def _measured(suites: Sequence[Suite]) -> Iterator[Block]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 
 from cusprun.pipeline.reporting.measured import title_of
-from cusprun.pipeline.reporting.wording import amount, metric_base, moment
+from cusprun.pipeline.reporting.wording import amount, counted, metric_base, moment
 from serve.bench.records import BenchOptions, BenchReport, Environment, Suite
 from serve.report.view import Block, Bullets, Grid, Heading, Prose, Section
 
@@ -123,11 +123,11 @@ def _option_text(value: object) -> str:
 def _course(suite: Suite) -> Iterator[Block]:
     """Yield what happened while one runtime was measured."""
     context = "grows with the text" if suite.context_length is None else f"{suite.context_length:,} tokens"
-    told = [f"Measured for {suite.elapsed_s:,.0f} s; the cache: {context}."]
+    told = [f"{suite.library}.", f"Measured for {suite.elapsed_s:,.0f} s; the cache: {context}."]
     if suite.failure is not None:
         told.append(f"Failed: {suite.failure}.")
     if suite.stopped:
-        told.append(f"No more pairs, because: {suite.stopped}.")
+        told.append(f"Stopped after {counted(suite.num_pairs, 'pair')}: {suite.stopped}.")
     told += [
         f"Lost run: pair {lost.pair + 1}, {lost.side}: {lost.reason}. The pair does not count."
         for lost in suite.lost_runs

@@ -49,12 +49,10 @@ class Rule:
     @property
     def text(self) -> str:
         """The rule as the report states it."""
-        told = (
-            f"Fine while the whole 95 % interval of the perplexity's change is at most +{self.fine - 1:.0%}"
-        )
+        told = f"Fine while the whole 95 % interval of the perplexity's change is at most +{100 * (self.fine - 1):.0f} %"
         if self.against is None:
             return f"{told}. It never speaks against shipping: an expert gives general ability up."
-        return f"{told}; speaks against shipping when the whole interval is above +{self.against - 1:.0%}."
+        return f"{told}; speaks against shipping when the whole interval is above +{100 * (self.against - 1):.0f} %."
 
     def judge(self, low: float, high: float) -> tuple[str, str]:
         """Return status and word for an interval of the ratio."""
@@ -151,17 +149,13 @@ def _reasons(aspects: Sequence[Aspect]) -> Iterator[str]:
         for aspect in aspects:
             if aspect.status == status:
                 first = next((fact for fact in aspect.facts), None)
-                details = f" {_capital(first.label)}: {first.change}." if first and first.change else ""
-                yield f"{opening}: {aspect.name.lower()} ({aspect.word}).{details}"
+                details = f" – {first.label}: {first.change}" if first and first.change else ""
+                yield f"{opening}: {aspect.name.lower()} ({aspect.word}){details}."
     if _nothing_gained(gains):
         yield "Against it: neither size nor speed nor memory is shown to be better."
     missing = [aspect.name.lower() for aspect in aspects if aspect.status == "unknown"]
     if missing:
         yield f"Not measured: {', '.join(missing)}."
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def _unknown(name: str, rule: str) -> Aspect:
