@@ -49,10 +49,10 @@ class Rule:
     @property
     def text(self) -> str:
         """The rule as the report states it."""
-        told = f"Fine while the whole 95 % interval of the perplexity's change is at most +{100 * (self.fine - 1):.0f} %"
+        told = f"Fine while the whole 95 % interval of the perplexity's change is at most {_plus(self.fine)}"
         if self.against is None:
             return f"{told}. It never speaks against shipping: an expert gives general ability up."
-        return f"{told}; speaks against shipping when the whole interval is above +{100 * (self.against - 1):.0f} %."
+        return f"{told}; speaks against shipping when the whole interval is above {_plus(self.against)}."
 
     def judge(self, low: float, high: float) -> tuple[str, str]:
         """Return status and word for an interval of the ratio."""
@@ -63,6 +63,10 @@ class Rule:
         if low <= 1 <= high:
             return "ok", "no difference shown"
         return "ok", "better" if high < 1 else self.word_fine
+
+
+def _plus(ratio: float) -> str:
+    return f"+{100 * (ratio - 1):.0f} %"
 
 
 RULES: Mapping[str, Rule] = {
