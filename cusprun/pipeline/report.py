@@ -154,13 +154,16 @@ def _names(by_kind: Mapping[str, Sequence[Any]]) -> tuple[str, str]:
     for bench in by_kind[BENCH]:
         for suite in bench.suites:
             return suite.before.file_name, suite.after.file_name
+    for load in by_kind["load test"]:
+        models = [endpoint.model for endpoint in load.endpoints]
+        return models[0], " and ".join(models[1:])
     return "", ""
 
 
 def _title(by_kind: Mapping[str, Sequence[Any]]) -> str:
     before, after = _names(by_kind)
     if before:
-        return f"{before} → {after}"
+        return f"{before} → {after}" if after else before
     return "Overlap of language, domain and task" if by_kind["overlap"] else "Proofs of exports"
 
 

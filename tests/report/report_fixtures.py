@@ -25,6 +25,18 @@ from cusprun.records import (
     Source,
 )
 from exporters.parity_records import Limits, LogitParity, ParityReport, TextParity
+from serve.bench.endpoint.records import (
+    Endpoint,
+    EndpointReport,
+    Level,
+    LevelResult,
+    LevelRun,
+    LevelSummary,
+    LoadComparison,
+    LoadOptions,
+    Quantiles,
+    RequestRecord,
+)
 from serve.bench.records import (
     Artifact,
     BenchOptions,
@@ -349,6 +361,47 @@ def overlap_report() -> OverlapReport:
     )
 
 
+def endpoint_report() -> EndpointReport:
+    endpoints = tuple(
+        Endpoint(f"http://127.0.0.1:80{place}0/v1", f"{name}-q8_0", "chat", True, True)
+        for place, name in enumerate(("original", "expert"))
+    )
+
+    def summary(place: int, load: int) -> LevelSummary:
+        latency = (40 + 9 * load) * (1 - 0.2 * place)
+        spread = Quantiles(latency, 1.3 * latency, 1.9 * latency)
+        failed = {"stalled": 1} if (place, load) == (1, 8) else {}
+        return LevelSummary(
+            32, 32 - len(failed), 0, failed, 60.0, 0.5 * load, 60 * load**0.7, None, spread, spread, spread,
+            spread, 256, 128, 127.5, 0.4, False,
+        )  # fmt: skip
+
+    stalled = RequestRecord(
+        "stalled", "no event for 60 s", 1.0, 0.0, None, (), None, None, None, None, None, 0
+    )
+    loads = [(place, load) for place in range(2) for load in (1, 2, 8)]
+    return EndpointReport(
+        created="2026-11-26T10:00:00+00:00",
+        options=LoadOptions(concurrency=(1, 2, 8)),
+        prompts="the shipped probe texts",
+        tokenizer=None,
+        client={"python": "3.11.7"},
+        endpoints=endpoints,
+        runs=(LevelRun(1, Level("concurrency", 8.0), 0, 60.0, (stalled,), summary(1, 8)),),
+        results=tuple(
+            LevelResult(place, Level("concurrency", float(load)), summary(place, load))
+            for place, load in loads
+        ),
+        comparisons=(
+            LoadComparison(
+                1, None, "time_to_first_token_p50_ms", 9, Interval(49.0, 48.0, 50.0),
+                Interval(39.2, 38.0, 40.0), Interval(0.8, 0.78, 0.82), "faster",
+            ),
+        ),
+        elapsed_s=400.0,
+    )  # fmt: skip
+
+
 def sweep_report() -> SweepReport:
     def point(ratio: float) -> CurvePoint:
         cost = 1 + 0.8 * ratio**2
@@ -398,4 +451,5 @@ def everything(run: Any = None) -> list[Result]:
         *results(run=chosen, manifest=manifest(), bench=chosen.bench, evaluation=chosen.quality),
         *(Result(KINDS["proof"], "results.json", one) for one in chosen.parity),
         *results(overlap=overlap_report(), sweep=sweep_report()),
+        Result(KINDS["load test"], "load.json", endpoint_report()),
     ]

@@ -124,7 +124,7 @@ def test_print_is_light_on_a_dark_system_too(browser: Any, pages: dict[str, str]
 def test_links_lead_into_the_page(browser: Any, pages: dict[str, str]) -> None:
     see(browser, pages["full"], DESK)
     anchors = browser.execute_script("return [...document.querySelectorAll('nav a')].map((a) => a.hash)")
-    assert len(anchors) == 11
+    assert len(anchors) == 12
     assert all(
         browser.execute_script("return !!document.querySelector(arguments[0])", one) for one in anchors
     )

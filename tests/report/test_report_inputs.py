@@ -91,6 +91,7 @@ def test_files_given_one_by_one_and_twice_show_the_same(run_folder: Path, tmp_pa
             made.bench_report(made.suite(), made.failed_suite()),
             "original-f16.gguf → expert-f16.gguf",
         ),
+        ("load test", made.endpoint_report(), "original-q8_0 → expert-q8_0"),
         ("overlap", made.overlap_report(), "Overlap of language, domain and task"),
         ("sweep", made.sweep_report(), f"{made.SOURCE} → {made.NAME}"),
         ("proof", made.parity_report(), "Proofs of exports"),
@@ -108,7 +109,7 @@ def test_each_kind_is_known_by_its_content(tmp_path: Path, name: str, record: An
 
 
 def test_every_kind_has_an_example_above() -> None:
-    shown = {"bench", "overlap", "sweep", "proof", "manifest", "evaluation", "run"}
+    shown = {"bench", "overlap", "sweep", "proof", "manifest", "evaluation", "run", "load test"}
     assert shown == set(KINDS)
 
 
@@ -161,7 +162,6 @@ def test_two_versions_of_one_kind(tmp_path: Path) -> None:
 
 
 def test_a_run_with_an_older_benchmark_inside_keeps_the_rest(tmp_path: Path) -> None:
-    """The committed result of the demo holds a benchmark of schema 1 when its results are older than this."""
     dump_json(made.run_report(), tmp_path / "results.json")
     changed(tmp_path / "results.json", lambda plain: plain["bench"].update(schema_version=1))
     with pytest.raises(MeasurementError, match=r"the part 'bench' of results\.json"):

@@ -63,7 +63,8 @@ def test_every_part_is_there(tree: Tree) -> None:
     titles = [text.strip() for text in tree.inside["h2"]]
     assert titles == [
         "Is it worth shipping?", "Before and after", "Every measurement",
-        "Speed, latency and memory in pictures", "Quality", "What was pruned, and why",
+        "Speed, latency and memory in pictures", "Quality", "Under load",
+        "What was pruned, and why",
         "Overlap of language, domain and task", "Size against quality",
         "Exports, and whether they compute the same",
         "Answers side by side", "Machine and method", "How to make it again",
@@ -86,6 +87,7 @@ def test_nothing_is_asked_from_outside(tree: Tree, html: str) -> None:
         "#re",
         "#ov",
         "#cu",
+        "#lo",
     }
     (policy,) = (one for one in tree.all("meta") if one.get("http-equiv"))
     assert policy["content"] == POLICY

@@ -91,6 +91,7 @@ def test_a_good_expert_is_shipped_with_reasons() -> None:
         ({"quality": None, "manifest": None}, "unknown", "not measured"),
         ({"suites": (with_ratio(0.9, "slower", "higher"),)}, "look", "slower"),
         ({"suites": (with_ratio(1.0, "no difference shown"),)}, "look", "no difference shown"),
+        ({"suites": (with_ratio(1.3, "too few pairs to tell"),)}, "look", "too few pairs to tell"),
         ({"suites": (made.suite(), made.failed_suite())}, "look", "faster"),
         ({"suites": ()}, "ship", "smaller"),
         (

@@ -72,6 +72,8 @@ KINDS: Mapping[str, ResultKind] = {
         _kind(BENCH, "serve.bench.records:BenchReport", "options environment elapsed_s",
               "measured:bench_sections method:method_sections"),
         _kind(EVAL, "cusprun.quality.report:EvalReport", "expert models resamples", "quality:eval_sections"),
+        _kind("load test", "serve.bench.endpoint.records:EndpointReport", "endpoints results prompts",
+              "endpoints:endpoint_sections"),
         _kind("sweep", "cusprun.pipeline.curve:SweepReport", "inputs_hash original points",
               "curves:sweep_sections"),
         _kind("overlap", "cusprun.pruning.overlap:OverlapReport", "dimensions pairs kinds",

@@ -13,61 +13,64 @@ from serve.report.view import Block, Bullets, Grid, Heading, Prose, Section
 HOW: Mapping[str, tuple[str, str]] = {
     "load_time_ms": (
         "load time",
-        "from before the runtime opens the file until the model can take tokens, in a fresh process",
+        "until the model can take a prompt, in a fresh process, from files that were read once before",
     ),
     "time_to_first_token_ms": (
         "time to first token",
-        "from the start of a prompt of the stated length, with an empty cache, to its first token",
+        "the pass over a prompt of the stated length, from an empty cache, and the choice of a token",
     ),
     "prompt_tokens_per_second": (
-        "prompt processing",
-        "tokens of a prompt of the stated length over the time to process them at once, from an empty cache",
+        "prompt speed",
+        "tokens of a prompt of the stated length over the time of its pass, from an empty cache",
     ),
     "decode_tokens_per_second": (
         "decode speed",
-        "tokens decoded one by one over the time they took, beginning with the stated tokens in the cache",
+        "tokens per second, one by one, with the stated number in the cache at the start",
     ),
-    "inter_token_latency_p50_ms": ("inter-token latency, p50", "the median time between two decoded tokens"),
+    "inter_token_latency_p50_ms": (
+        "inter-token latency, median",
+        "half of these tokens came after at most this time",
+    ),
     "inter_token_latency_p90_ms": (
         "inter-token latency, p90",
-        "nine of ten decoded tokens came after at most this time",
+        "nine of ten of these tokens came after at most this time",
     ),
     "inter_token_latency_p99_ms": (
         "inter-token latency, p99",
-        "all but one of a hundred decoded tokens came after at most this time",
+        "99 of a hundred of these tokens came after at most this time",
     ),
     "peak_memory_bytes": (
         "peak memory",
-        "the most memory that the processes of the model held resident at one time, by the kernel's account",
+        "the largest resident set of the process, mapped weights included; of several processes the sum",
     ),
     "steady_memory_bytes": (
-        "steady memory",
-        "resident memory of the processes of the model after the last measurement",
+        "memory after decoding (RSS)",
+        "the resident set after the last measurement",
     ),
     "pss_bytes": (
-        "proportional memory (PSS)",
-        "resident memory, with pages that other processes share counted in part",
+        "memory after decoding (PSS)",
+        "the same, with pages that other processes share counted in part",
     ),
     "mapped_file_resident_bytes": (
-        "resident part of the file",
-        "how much of the mapped model file is in memory",
+        "of it, the mapped file",
+        "how much of the model's mapped files is in that memory",
     ),
     "decode_energy_joules_per_token": (
-        "energy to decode",
-        "by the machine's own counters over the tokens decoded; left out where it has none",
+        "energy of decoding",
+        "joules of all processor packages and GPUs per token, by the machine's counters; absent without any",
     ),
     "prompt_energy_joules_per_token": (
-        "energy for a prompt",
-        "by the machine's own counters over the tokens of the prompt; left out where it has none",
+        "energy of the prompt",
+        "joules of all processor packages and GPUs per token, by the machine's counters; absent without any",
     ),
 }
 """Each metric's name and how it is measured, by the metric without its length."""
 
 _METHOD = (
-    "Each measurement runs in a fresh process that is warmed up first. Before and after are interleaved, the "
-    "order of each pair drawn by chance from the seed, so that a machine that grows slower slows both. "
-    "Values are medians, intervals are 95 % bootstrap intervals, and a difference is only named where it is "
-    "shown."
+    "Each run is a fresh process, warmed up first. Before and after take turns, the order of each pair "
+    "drawn from the seed, so that a machine that slows down slows both. Values are medians; an interval is "
+    "the wider of the bootstrap's and that of the order statistics, at 95 %. A difference is named where the "
+    "interval of the ratio leaves out 1 and Wilcoxon's signed-rank test, corrected after Holm, shows it too."
 )
 
 
@@ -126,7 +129,7 @@ def _course(suite: Suite) -> Iterator[Block]:
     told = [f"{suite.library}.", f"Measured for {suite.elapsed_s:,.0f} s; the cache: {context}."]
     if suite.failure is not None:
         told.append(f"Failed: {suite.failure}.")
-    if suite.stopped:
+    elif suite.stopped:
         told.append(f"Stopped after {counted(suite.num_pairs, 'pair')}: {suite.stopped}.")
     told += [
         f"Lost run: pair {lost.pair + 1}, {lost.side}: {lost.reason}. The pair does not count."

@@ -241,13 +241,12 @@ def _from_manifest(rule: Rule, manifest: Manifest | None) -> Aspect:
 
 def _speed(suites: Sequence[Suite]) -> Aspect:
     chosen = [(suite, one) for suite in suites for base in _SPEEDS for one in _deepest(suite, base)]
-    words = ("faster", "slower", "no difference shown")
-    return _compared(SPEED, chosen, suites, words)
+    return _compared(SPEED, chosen, suites, ("faster", "slower"))
 
 
 def _memory(suites: Sequence[Suite]) -> Aspect:
     chosen = [(suite, one) for suite in suites for one in _deepest(suite, _PEAK)]
-    return _compared(MEMORY, chosen, suites, ("less", "more", "no difference shown"))
+    return _compared(MEMORY, chosen, suites, ("less", "more"))
 
 
 def _deepest(suite: Suite, base: str) -> Sequence[Comparison]:
@@ -260,7 +259,7 @@ def _compared(
     name: str,
     chosen: Sequence[tuple[Suite, Comparison]],
     suites: Sequence[Suite],
-    words: tuple[str, str, str],
+    words: tuple[str, str],
 ) -> Aspect:
     failed = tuple(
         Fact(suite.runtime, "", "failed", suite.failure) for suite in suites if suite.failure is not None
@@ -278,9 +277,9 @@ def _compared(
         for suite, one in chosen
     )
     found = [improved(one) for _, one in chosen if shown(one)]
-    better, worse, none = words
+    better, worse = words
     if not found:
-        status, word = "look", none
+        status, word = "look", chosen[0][1].verdict
     elif all(found):
         status, word = "ok", better if len(found) == len(chosen) else f"{better} in part"
     else:
