@@ -1,0 +1,129 @@
+"""The frontier of a sweep: its records, and which of its points nobody should choose."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from cusprun.errors import UserError
+from cusprun.pipeline.curve_quality import CurveQuality
+from cusprun.pipeline.dominance import Axis, Candidate, dominators
+from cusprun.pipeline.evaluation import HELD_OUT
+from serve.bench.records import Interval
+
+
+_LEAST_PAIRS = 6
+"""The whole range of six values covers the median in 97 % of cases, that of five in 94 %."""
+
+
+@dataclass(frozen=True)
+class SpeedOptions:
+    """How the speed of an export is measured, against the original in the same export.
+
+    ``prompt_tokens`` are processed at once and timed; ``decode_tokens`` are decoded one by one at
+    ``context_depth`` tokens in the cache, and timed. ``num_pairs`` runs of both are made, no further pair
+    being begun after ``time_limit_s`` seconds. ``num_threads`` None leaves them to the benchmark.
+    """
+
+    prompt_tokens: int = 128
+    context_depth: int = 128
+    decode_tokens: int = 32
+    num_pairs: int = 10
+    time_limit_s: float = 60.0
+    num_threads: int | None = None
+
+    def check(self) -> None:
+        """Raise ``UserError`` for an option that cannot be."""
+        for name, value in vars(self).items():
+            if value is not None and not value > 0:
+                raise UserError(f"the speed option {name} must be above 0, not {value:g}")
+
+
+@dataclass(frozen=True)
+class Speed:
+    """The speed of one export; ``*_ratio`` is to the original in the same export, taken pair by pair.
+
+    ``peak_memory_bytes`` is the median over runs. ``library`` ran it on ``machine``; ``noise`` says what
+    made the machine noisy meanwhile.
+    """
+
+    decode_tokens_per_second: Interval
+    decode_ratio: Interval
+    prompt_tokens_per_second: Interval
+    prompt_ratio: Interval
+    peak_memory_bytes: float
+    num_pairs: int
+    library: str
+    machine: str
+    noise: tuple[str, ...] = ()
+
+    @property
+    def too_few_pairs(self) -> bool:
+        """Whether the intervals say nothing."""
+        return self.num_pairs < _LEAST_PAIRS
+
+
+@dataclass(frozen=True)
+class FrontierPoint:
+    """One size in one export; ``ratio`` 0 is the original.
+
+    ``file_bytes`` are all bytes of the artifact on disk, ``bits_per_weight`` 8 times that over
+    ``num_parameters``. ``corpora`` was measured in the artifact's own runtime; its ratios are to the
+    original's perplexity in float32. ``dominated_by`` names the point to choose instead, None where there
+    is none. ``failure`` says why something could not be made or measured: what was is there, and the point
+    is compared with no other. ``inputs_hash`` stands for the options of export and measurement.
+    """
+
+    ratio: float
+    format: str
+    precision: str
+    num_parameters: int
+    inputs_hash: str
+    file_bytes: int | None = None
+    bits_per_weight: float | None = None
+    corpora: Mapping[str, CurveQuality] = field(default_factory=dict)
+    speed: Speed | None = None
+    dominated_by: str | None = None
+    failure: str | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[float, str, str]:
+        """What a curve has one point of: the ratio, the format and the precision."""
+        return self.ratio, self.format, self.precision
+
+    @property
+    def name(self) -> str:
+        """What tables call the point, such as ``0.25 gguf:q8_0``."""
+        return f"{self.ratio or 'original'} {self.format}:{self.precision}"
+
+
+def merged(*groups: Iterable[FrontierPoint]) -> tuple[FrontierPoint, ...]:
+    """Return the points of all groups judged, ascending by ratio; of points with one key the last counts."""
+    points = {point.key: point for group in groups for point in group}
+    return judged([points[key] for key in sorted(points)])
+
+
+def judged(points: Iterable[FrontierPoint]) -> tuple[FrontierPoint, ...]:
+    """Return points with ``dominated_by`` set: one of the measured points is judged against the others.
+
+    The axes are the held-out perplexity, the bytes on disk and, where it was measured, the decode speed. See
+    :func:`cusprun.pipeline.dominance.dominates` for the rule. Speeds of different machines are not compared.
+    """
+    points = tuple(points)
+    verdicts = dominators(_candidate(point) for point in points if point.failure is None)
+    return tuple(replace(point, dominated_by=verdicts.get(point.name)) for point in points)
+
+
+def _candidate(point: FrontierPoint) -> Candidate:
+    ratio = point.corpora[HELD_OUT].perplexity_ratio
+    assert ratio is not None
+    assert point.file_bytes is not None
+    axes = [Axis(ratio.value, ratio.low, ratio.high), Axis.exact(point.file_bytes)]
+    if point.speed is None:
+        return Candidate(point.name, tuple(axes))
+    rate = point.speed.decode_tokens_per_second
+    low, high = (-math.inf, math.inf) if point.speed.too_few_pairs else (rate.low, rate.high)
+    axes.append(Axis.more_is_better(rate.median, low, high))
+    return Candidate(point.name, tuple(axes), point.speed.machine)
