@@ -30,10 +30,11 @@ JOINED, OUTLINE, POINTS, MUTED = "joined", "outline", "points", "muted"
 _LOOKS: Mapping[str, Mapping[str, Any]] = {
     JOINED: {},
     OUTLINE: {"color": "0.5", "linewidth": 1.0, "marker": ""},
-    POINTS: {"linestyle": "", "marker": "o"},
-    MUTED: {"color": "0.6", "linestyle": "", "marker": "x", "markersize": 4.0},
+    POINTS: {"color": "C0", "linestyle": "", "marker": "o"},
+    MUTED: {"color": "0.5", "linestyle": "", "marker": "x", "markersize": 4.0},
 }
 _TEXT_OFFSET_POINTS = (4, 4)
+_TEXT_MARGIN = 0.15  # of the width, for the text at the last point
 
 _PANEL_INCHES = (6.0, 3.4)
 _LEGEND_ROW_INCHES = 0.22
@@ -158,6 +159,8 @@ def _draw_panel(axes: Axes, panel: Panel, labels: Sequence[str], handles: dict[s
 
 
 def _write_texts(axes: Axes, line: Line, colour: str) -> None:
+    if line.texts:
+        axes.margins(x=_TEXT_MARGIN)
     for x, y, text in zip(line.x, line.y, line.texts, strict=False):  # lines mostly have none
         axes.annotate(
             text,

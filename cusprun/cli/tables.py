@@ -357,11 +357,12 @@ def _frontier_tables(report: SweepReport) -> Iterator[RenderableType]:
     points = report.frontier
     yield make_table(
         "Exports",
-        frontier.frontier_columns(report),
-        (frontier.frontier_cells(report, point) for point in points),
+        frontier.frontier_columns(report, with_speed=False),
+        (frontier.frontier_cells(report, point, with_speed=False) for point in points),
         dimmed=[number for number, point in enumerate(points) if frontier.is_greyed(point)],
     )
-    speeds = list(frontier.speed_rows(report))
+    kinds = (frontier.DECODE, frontier.PROMPT)
+    speeds = list(frontier.speed_rows(report, kinds))
     if speeds:
-        yield make_table(None, frontier.speed_columns(), speeds)
+        yield make_table(None, frontier.speed_columns(kinds), speeds)
     yield from (Text(note) for note in frontier.frontier_notes(report))

@@ -12,7 +12,6 @@ from cusprun.pipeline.dominance import Axis, Candidate, dominators
 from cusprun.pipeline.evaluation import HELD_OUT
 from serve.bench.records import Interval
 
-
 _LEAST_PAIRS = 6
 """The whole range of six values covers the median in 97 % of cases, that of five in 94 %."""
 

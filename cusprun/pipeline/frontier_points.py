@@ -179,9 +179,10 @@ class Exporter:
 
     def _finished(self, report: SweepReport, ratio: float, spec: ExportSpec) -> FrontierPoint | None:
         wanted = (ratio, spec.to, spec.quant)
-        found = next((point for point in report.frontier if point.key == wanted), None)
-        whole = found is not None and found.failure is None
-        return found if whole and found.inputs_hash == self._inputs_hash(spec) else None
+        for point in report.frontier:
+            if point.key == wanted and point.failure is None and point.inputs_hash == self._inputs_hash(spec):
+                return point
+        return None
 
     def _inputs_hash(self, spec: ExportSpec) -> str:
         """Return what stands for a point, with its size and the inputs of the whole curve."""

@@ -15,23 +15,26 @@ if TYPE_CHECKING:
     from cusprun.pipeline.curve_quality import CurveQuality
 
 
-def frontier_columns(report: SweepReport) -> tuple[str, ...]:
+DECODE, PROMPT = "decode", "prompt"
+"""The two speeds of a point."""
+
+
+def frontier_columns(report: SweepReport, *, with_speed: bool) -> tuple[str, ...]:
     """Return the headings of :func:`frontier_cells`."""
-    speed = ("decode tokens/s", "× original's export") if report.speed_options else ()
+    speed = _speed_columns(DECODE) if with_speed else ()
     sets = (f"{name.replace('_', '-')} perplexity × original" for name in report.original.corpora)
     return ("export", "size", "bits per weight", *speed, *sets, "dominated by")
 
 
-def frontier_cells(report: SweepReport, point: FrontierPoint) -> tuple[str, ...]:
+def frontier_cells(report: SweepReport, point: FrontierPoint, *, with_speed: bool) -> tuple[str, ...]:
     """Return what a point costs and gives, as text; what was not measured is empty."""
     from serve.bench.table import format_bytes
 
-    speed = point.speed
     return (
         point.name,
         "" if point.file_bytes is None else format_bytes(point.file_bytes),
         "" if point.bits_per_weight is None else f"{point.bits_per_weight:.2f}",
-        *(_speed_cells(speed, "decode") if report.speed_options else ()),
+        *(_speed_cells(point.speed, DECODE) if with_speed else ()),
         *(_ratio_cell(point.corpora.get(name)) for name in report.original.corpora),
         verdict(point),
     )
@@ -47,19 +50,20 @@ def is_greyed(point: FrontierPoint) -> bool:
     return point.failure is not None or point.dominated_by is not None
 
 
-def speed_columns() -> tuple[str, ...]:
-    """Return the headings of :func:`speed_cells`."""
-    return ("export", "prompt tokens/s", "× original's export", "peak memory", "pairs of runs")
+def speed_columns(kinds: Sequence[str]) -> tuple[str, ...]:
+    """Return the headings of :func:`speed_rows`."""
+    columns = (column for kind in kinds for column in _speed_columns(kind))
+    return ("export", *columns, "peak memory", "pairs of runs")
 
 
-def speed_rows(report: SweepReport) -> Iterator[tuple[str, ...]]:
-    """Yield what else was found of the speed of each point that has one, as text."""
+def speed_rows(report: SweepReport, kinds: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """Yield the speeds of each point that has some, of ``DECODE`` and ``PROMPT``, and its memory, as text."""
     from serve.bench.table import format_bytes
 
     for point in report.frontier:
         speed = point.speed
         if speed is not None:
-            rates = _speed_cells(speed, "prompt")
+            rates = (cell for kind in kinds for cell in _speed_cells(speed, kind))
             yield (point.name, *rates, format_bytes(speed.peak_memory_bytes), str(speed.num_pairs))
 
 
@@ -83,7 +87,10 @@ def frontier_notes(report: SweepReport) -> tuple[str, ...]:
         f"decoded one by one at {options.context_depth} in the cache, in turns with the original in the same "
         f"export; medians with 95 % intervals. {', '.join(libraries)} on {' and on '.join(machines)}."
     )
-    notes += [f"{name}: {noise}." for name, speed in speeds for noise in speed.noise]
+    noises = dict.fromkeys(noise for _, speed in speeds for noise in speed.noise)
+    for noise in noises:
+        heard = ", ".join(name for name, speed in speeds if noise in speed.noise)
+        notes.append(f"Noise: {noise} ({heard}).")
     return tuple(notes)
 
 
@@ -91,11 +98,12 @@ def frontier_markdown(report: SweepReport) -> str:
     """Return the frontier as the second part of a Markdown page; empty without exports."""
     if not report.frontier:
         return ""
-    rows = [frontier_cells(report, point) for point in report.frontier]
-    lines = ["", "## Exports", "", *_markdown_table(frontier_columns(report), rows)]
-    speeds = list(speed_rows(report))
+    timed = report.speed_options is not None
+    rows = [frontier_cells(report, point, with_speed=timed) for point in report.frontier]
+    lines = ["", "## Exports", "", *_markdown_table(frontier_columns(report, with_speed=timed), rows)]
+    speeds = list(speed_rows(report, (PROMPT,)))
     if speeds:
-        lines += ["", *_markdown_table(speed_columns(), speeds)]
+        lines += ["", *_markdown_table(speed_columns((PROMPT,)), speeds)]
     return "\n".join([*lines, "", *(f"- {note}" for note in frontier_notes(report))]) + "\n"
 
 
@@ -106,8 +114,12 @@ def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> It
         yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |"
 
 
+def _speed_columns(kind: str) -> tuple[str, str]:
+    return f"{kind} tokens/s", "× original's export"
+
+
 def _speed_cells(speed: Speed | None, kind: str) -> tuple[str, str]:
-    """Return a rate, ``decode`` or ``prompt``, and its ratio to that of the original's export."""
+    """Return a rate and its ratio to that of the original's export."""
     if speed is None:
         return "", ""
     rate: Interval = getattr(speed, f"{kind}_tokens_per_second")
@@ -182,7 +194,7 @@ def _stairs(places: Sequence[tuple[float, float]], *, more_is_better: bool) -> L
         elif y < stairs[-1][1]:
             stairs += [(x, stairs[-1][1]), (x, y)]
     return Line(
-        label="best for this or better",
+        label="best at this or better",
         x=tuple(x for x, _ in stairs),
         y=tuple(y for _, y in stairs),
         look=OUTLINE,

@@ -57,7 +57,8 @@ def _bytes(path: Path) -> int:
 
 
 def sweep(ratios, out="curve", exports=("gguf:q8_0",), **options) -> SweepReport:
-    return api.sweep("model", "expert.yaml", ratios, out, targets=TARGETS, exports=exports, **options)
+    chosen = {"targets": TARGETS, "exports": exports, "refit": False, **options}
+    return api.sweep("model", "expert.yaml", ratios, out, **chosen)
 
 
 def torch_perplexity(folder: str, documents) -> float:
@@ -167,7 +168,7 @@ def test_exports_are_calibrated_on_the_expert_s_documents_and_removed(work, monk
         return {tensor.name: tensor.data.tobytes() for tensor in gguf.GGUFReader(path).tensors}
 
     monkeypatch.setattr(frontier_points.Exporter, "_quality", looked_at)
-    sweep([0.3], exports=("gguf:q4_0",), speed=None)
+    sweep([0.3], exports=("gguf:q4_0",), speed=None, refit=True)
     assert names("curve") == FILES
     api.prune("model", "expert.yaml", "expert", ratio=0.3, targets=TARGETS)
     quiet = {"quant": "q4_0", "verify": False}
@@ -225,7 +226,7 @@ def test_an_interrupted_sweep_goes_on_from_the_finished_exports(work, monkeypatc
 
 
 def test_exports_join_a_curve_that_is_there_and_twins_are_made_once(work) -> None:
-    first = api.sweep("model", "expert.yaml", [0.3], "curve", targets=TARGETS)
+    first = sweep([0.3], exports=())
     plain = json.loads(Path("curve/sweep.json").read_text())
     plain.pop("frontier")
     plain.pop("speed_options")
@@ -237,17 +238,17 @@ def test_exports_join_a_curve_that_is_there_and_twins_are_made_once(work) -> Non
     _, one, other = report.frontier
     assert (one.ratio, other.ratio) == (0.3, 0.3001)
     assert (one.corpora, one.speed, one.file_bytes) == (other.corpora, other.speed, other.file_bytes)
-    again = api.sweep("model", "expert.yaml", [0.5], "curve", targets=TARGETS)
+    again = sweep([0.5], exports=())
     assert again.frontier == report.frontier
     assert [point.ratio for point in again.points] == [0.3, 0.3001, 0.5]
 
 
 def test_an_export_that_fails_is_a_row_that_says_why_and_is_tried_again(work) -> None:
-    lost = Stopwatch("expert-0.3-q8_0.gguf", MeasurementError(f"{work}/curve is on fire"))
+    lost = Stopwatch("expert-0.3-q8_0.gguf", MeasurementError(f"{work}/curve/x.gguf is\non fire"))
     report = sweep([0.3], exports=("gguf:f32", "gguf:q8_0"), measure=lost, keep=True)
     (failed,) = report.failures
     assert failed.name == "0.3 gguf:q8_0"
-    assert failed.failure == "curve is on fire".replace("curve", f"{work}/curve")
+    assert failed.failure == "x.gguf is on fire"
     assert failed.speed is None
     assert failed.corpora
     assert failed.dominated_by is None
@@ -305,7 +306,7 @@ def test_other_speed_options_are_another_frontier(work) -> None:
 
 
 def test_a_file_of_somebody_else_is_not_replaced(work) -> None:
-    api.sweep("model", "expert.yaml", [0.3], "curve", targets=TARGETS)
+    sweep([0.3], exports=())
     Path("curve/original-q8_0.gguf").write_text("mine")
     with pytest.raises(OutputError, match=r"original-q8_0.gguf exists and is not in sweep.json"):
         sweep([0.3], measure=Stopwatch(), keep=True)
