@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 from cusprun.errors import UserError
 from cusprun.pipeline.curve_quality import CurveQuality
@@ -99,8 +100,16 @@ class FrontierPoint:
 
 
 def merged(*groups: Iterable[FrontierPoint]) -> tuple[FrontierPoint, ...]:
-    """Return the points of all groups judged, ascending by ratio; of points with one key the last counts."""
-    points = {point.key: point for group in groups for point in group}
+    """Return the points of all groups judged, ascending by ratio.
+
+    Of points with one key the last counts, but a failed one never takes the place of a measured one, which
+    another sweep may have been luckier with.
+    """
+    points: dict[tuple[float, str, str], FrontierPoint] = {}
+    for point in chain(*groups):
+        known = points.get(point.key)
+        if known is None or known.failure is not None or point.failure is None:
+            points[point.key] = point
     return judged([points[key] for key in sorted(points)])
 
 

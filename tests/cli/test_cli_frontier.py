@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -347,3 +348,32 @@ def test_a_missing_runtime_is_refused_before_any_work(work, cusprun, monkeypatch
     assert "pip install it" in outcome.err
     assert not Path("curve").exists()
     assert not Path("cache").exists()
+
+
+@pytest.mark.vllm
+def test_an_export_for_vllm_is_measured_in_vllm(work, monkeypatch) -> None:
+    """One server is started: that of the original is left out, which takes as long again."""
+    from tiny_exports import TinyConfig, make_folder
+
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "tie_word_embeddings": True}
+    shutil.rmtree("model")
+    make_folder(work / "model", TinyConfig("llama", sizes))
+    opening = frontier_points.RUNTIMES["vllm"].__class__.open
+
+    def opened(runtime, path, **options):
+        if path.name.startswith("original"):
+            raise MeasurementError("left out")
+        return opening(runtime, path, **options)
+
+    monkeypatch.setattr(frontier_points.RUNTIMES["vllm"].__class__, "open", opened)
+    report = api.sweep(
+        "model", "expert.yaml", [0.3], "curve", targets=("vllm:tp1",), exports=("vllm:float32",), speed=None,
+        keep=True,
+    )  # fmt: skip
+    corpora = build_corpora(load_expert(Path("expert.yaml")), Path("model"))
+    original, expert = report.frontier
+    assert original.failure == "left out"
+    assert expert.failure is None
+    for name, documents in (("held_out", corpora.held_out), ("general", corpora.general)):
+        exact = torch_perplexity("curve/expert-0.3", documents)
+        assert expert.corpora[name].perplexity.value == pytest.approx(exact, rel=1e-3)

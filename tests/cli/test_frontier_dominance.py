@@ -182,14 +182,16 @@ def test_failed_points_and_other_machines_judge_nobody() -> None:
     assert [point.dominated_by for point in judged([good, elsewhere])] == [None, None]
 
 
-def test_merging_judges_anew_and_the_last_of_a_key_counts() -> None:
+def test_merging_judges_anew_and_what_was_measured_counts() -> None:
     bad, good = frontier_point(0.5, 90, 1.3), frontier_point(0.25, 70, 1.1)
     alone = merged([bad])
     assert alone[0].dominated_by is None
     both = merged(alone, [good])
     assert [(point.ratio, point.dominated_by) for point in both] == [(0.25, None), (0.5, "0.25 gguf:q8_0")]
-    again = merged(both, [replace(good, failure="it broke")])
-    assert [(point.ratio, point.dominated_by) for point in again] == [(0.25, None), (0.5, None)]
+    failed = replace(good, failure="it broke")
+    assert merged(both, [failed]) == both
+    assert [point.dominated_by for point in merged([bad], [failed])] == [None, None]
+    assert merged([failed], both) == both
 
 
 def test_default_speed_options_are_small() -> None:
