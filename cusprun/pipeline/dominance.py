@@ -1,32 +1,62 @@
-"""Which of several points nobody should choose: pure mathematics over axes with intervals."""
+"""Which of several points nobody should choose: pure mathematics over axes that know what noise explains."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cusprun.quality.report import CONFIDENCE
+
+
+class Axis(Protocol):
+    """What a point has on one axis."""
+
+    def is_beyond(self, other: Any) -> bool:
+        """Whether this is better than the same axis of another point by more than noise explains."""
+        ...
 
 
 @dataclass(frozen=True)
-class Axis:
-    """What a point has on one axis, with its interval; less is better. An exact value is its own interval."""
+class Measured:
+    """A value with its interval; less is better. An exact one is its own interval."""
 
     value: float
     low: float
     high: float
 
     @classmethod
-    def exact(cls, value: float) -> Axis:
+    def exact(cls, value: float) -> Measured:
         """Return a value that was counted, not measured."""
         return cls(value, value, value)
 
     @classmethod
-    def more_is_better(cls, value: float, low: float, high: float) -> Axis:
+    def more_is_better(cls, value: float, low: float, high: float) -> Measured:
         """Turn round an axis on which more is better."""
         return cls(-value, -high, -low)
 
-    def is_beyond(self, other: Axis) -> bool:
-        """Whether this is better and the intervals, with the values in them, do not touch."""
+    def is_beyond(self, other: Measured) -> bool:
+        """Whether this is less, and the intervals, with the values in them, do not touch."""
         return max(self.value, self.high) < min(other.value, other.low)
+
+
+@dataclass(frozen=True, eq=False)
+class Resampled:
+    """A mean over documents, float64 ``[1 + resamples]``: over all, then over each draw; less is better.
+
+    Two points are compared on the same draws, so that what makes documents hard for both does not count.
+    """
+
+    means: NDArray[np.float64]
+
+    def is_beyond(self, other: Resampled) -> bool:
+        """Whether the difference, and the interval of the differences draw by draw, is below zero."""
+        apart = self.means - other.means
+        high = np.quantile(apart[1:], (1 + CONFIDENCE) / 2)
+        return bool(max(apart[0], high) < 0)
 
 
 @dataclass(frozen=True)
@@ -39,35 +69,39 @@ class Candidate:
 
 
 def dominates(one: Candidate, other: Candidate) -> bool:
-    """Whether ``one`` is at least as good on every axis, and better beyond the intervals on one of them.
+    """Whether ``other`` is better than ``one`` on no axis and worse on one, both by more than noise explains.
 
-    "At least as good" compares the values, "beyond the intervals" asks that they do not touch: what noise
-    can explain is never the reason, and what an interval is too wide to tell is not taken for equal.
+    What noise can explain is never the reason. No two points dominate each other.
     """
-    return (
-        one.group == other.group
-        and len(one.axes) == len(other.axes)
-        and all(mine.value <= theirs.value for mine, theirs in zip(one.axes, other.axes, strict=True))
-        and any(mine.is_beyond(theirs) for mine, theirs in zip(one.axes, other.axes, strict=True))
+    if one.group != other.group or len(one.axes) != len(other.axes):
+        return False
+    pairs = list(zip(one.axes, other.axes, strict=True))
+    return any(mine.is_beyond(theirs) for mine, theirs in pairs) and not any(
+        theirs.is_beyond(mine) for mine, theirs in pairs
     )
 
 
-def dominators(candidates: Iterable[Candidate]) -> dict[str, str | None]:
+def dominators(candidates: Sequence[Candidate]) -> dict[str, str | None]:
     """Return for each name the name of an undominated point that dominates it, or None.
 
-    A point counts as dominated only where a point that is itself undominated dominates it. This names a
-    point that one may choose instead, never leaves all dominated, and makes no point's verdict depend on a
-    dominated one (with intervals, domination alone is not transitive). Of several the one that is best on
-    the first axis is named. Names are distinct.
+    A point counts as dominated where one that is itself undominated dominates it: that one can be chosen
+    instead. So a dominated point judges nobody, and some point is always left. Since what noise explains
+    passes for equal, points can dominate one another in a ring; then none of the ring is dominated, unless
+    by a point outside it. Of several judges the first in the order given is named. Names are distinct.
     """
-    # What dominates has no greater value anywhere and a smaller one somewhere, so it comes before in the
-    # order of the values: every point meets its judges decided.
-    ordered = sorted(candidates, key=lambda point: (tuple(axis.value for axis in point.axes), point.name))
-    undominated: list[Candidate] = []
-    found: dict[str, str | None] = {}
-    for point in ordered:
-        judge = next((other for other in undominated if dominates(other, point)), None)
-        found[point.name] = None if judge is None else judge.name
-        if judge is None:
-            undominated.append(point)
-    return found
+    above = {
+        point.name: [other.name for other in candidates if dominates(other, point)] for point in candidates
+    }
+    judges: dict[str, str] = {}
+    kept: set[str] = set()
+    while True:
+        free = {
+            name for name in above if name not in kept | judges.keys() and judges.keys() >= set(above[name])
+        }
+        if not free:
+            return {name: judges.get(name) for name in above}
+        kept |= free
+        for name in above.keys() - kept - judges.keys():
+            judge = next((other for other in above[name] if other in kept), None)
+            if judge is not None:
+                judges[name] = judge

@@ -7,10 +7,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
+import numpy as np
+
 from cusprun.errors import UserError
 from cusprun.pipeline.curve_quality import CurveQuality
-from cusprun.pipeline.dominance import Axis, Candidate, dominators
+from cusprun.pipeline.dominance import Axis, Candidate, Measured, Resampled, dominators
 from cusprun.pipeline.evaluation import HELD_OUT
+from cusprun.quality.report import mean_per_token, resampled
 from serve.bench.records import Interval
 
 _LEAST_PAIRS = 6
@@ -65,12 +68,21 @@ class Speed:
 
 
 @dataclass(frozen=True)
+class DocumentSums:
+    """Of each document: its predicted tokens, and their negative log-likelihood in nats."""
+
+    num_tokens: tuple[int, ...]
+    nats: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class FrontierPoint:
     """One size in one export; ``ratio`` 0 is the original.
 
     ``file_bytes`` are all bytes of the artifact on disk, ``bits_per_weight`` 8 times that over
     ``num_parameters``. ``corpora`` was measured in the artifact's own runtime; its ratios are to the
-    original's perplexity in float32. ``dominated_by`` names the point to choose instead, None where there
+    original's perplexity in float32. ``held_out`` holds what they rest on, document by document, for
+    comparing points with each other. ``dominated_by`` names the point to choose instead, None where there
     is none. ``failure`` says why something could not be made or measured: what was is there, and the point
     is compared with no other. ``inputs_hash`` stands for the options of export and measurement.
     """
@@ -83,6 +95,7 @@ class FrontierPoint:
     file_bytes: int | None = None
     bits_per_weight: float | None = None
     corpora: Mapping[str, CurveQuality] = field(default_factory=dict)
+    held_out: DocumentSums | None = None
     speed: Speed | None = None
     dominated_by: str | None = None
     failure: str | None = None
@@ -114,24 +127,33 @@ def merged(*groups: Iterable[FrontierPoint]) -> tuple[FrontierPoint, ...]:
 
 
 def judged(points: Iterable[FrontierPoint]) -> tuple[FrontierPoint, ...]:
-    """Return points with ``dominated_by`` set: one of the measured points is judged against the others.
+    """Return points with ``dominated_by`` set: each of the measured points is judged against the others.
 
-    The axes are the held-out perplexity, the bytes on disk and, where it was measured, the decode speed. See
-    :func:`cusprun.pipeline.dominance.dominates` for the rule. Speeds of different machines are not compared.
+    The axes are the held-out perplexity, of two points on the same draws of documents, the bytes on disk and,
+    where it was measured, the decode speed. See :func:`cusprun.pipeline.dominance.dominators` for the rule.
+    Of several that dominate a point the one of the lowest perplexity is named. Speeds of different machines
+    are not compared.
     """
     points = tuple(points)
-    verdicts = dominators(_candidate(point) for point in points if point.failure is None)
+    measured = sorted((point for point in points if point.failure is None), key=_perplexity)
+    verdicts = dominators([_candidate(point) for point in measured])
     return tuple(replace(point, dominated_by=verdicts.get(point.name)) for point in points)
 
 
+def _perplexity(point: FrontierPoint) -> tuple[float, str]:
+    return point.corpora[HELD_OUT].perplexity.value, point.name
+
+
 def _candidate(point: FrontierPoint) -> Candidate:
-    ratio = point.corpora[HELD_OUT].perplexity_ratio
-    assert ratio is not None
+    assert point.held_out is not None
     assert point.file_bytes is not None
-    axes = [Axis(ratio.value, ratio.low, ratio.high), Axis.exact(point.file_bytes)]
+    nats = np.array(point.held_out.nats, dtype=np.float64)
+    tokens = np.array(point.held_out.num_tokens, dtype=np.float64)
+    draws = resampled(len(tokens), seed=0)
+    axes: list[Axis] = [Resampled(mean_per_token(nats, tokens, draws)), Measured.exact(point.file_bytes)]
     if point.speed is None:
         return Candidate(point.name, tuple(axes))
     rate = point.speed.decode_tokens_per_second
     low, high = (-math.inf, math.inf) if point.speed.too_few_pairs else (rate.low, rate.high)
-    axes.append(Axis.more_is_better(rate.median, low, high))
+    axes.append(Measured.more_is_better(rate.median, low, high))
     return Candidate(point.name, tuple(axes), point.speed.machine)

@@ -18,7 +18,8 @@ from cusprun.pipeline.calibration import importance_for
 from cusprun.pipeline.curve import SweepReport
 from cusprun.pipeline.curve_folder import SWEEP_JSON, CurveFolder
 from cusprun.pipeline.curve_quality import CurveQuality, qualities
-from cusprun.pipeline.frontier import FrontierPoint, Speed, SpeedOptions
+from cusprun.pipeline.evaluation import HELD_OUT, by_set
+from cusprun.pipeline.frontier import DocumentSums, FrontierPoint, Speed, SpeedOptions
 from cusprun.pipeline.original import original_likelihoods
 from cusprun.pipeline.proof import RUNTIMES
 from cusprun.pipeline.speed import BENCH_RUNTIMES, MeasureSpeed
@@ -158,7 +159,8 @@ class Exporter:
             bits = 8 * size_bytes / point.num_parameters
             point = replace(point, file_bytes=size_bytes, bits_per_weight=bits)
             with _timed(seconds, "quality"):
-                point = replace(point, corpora=self._quality(artifact, spec))
+                corpora, held_out = self._quality(artifact, spec)
+                point = replace(point, corpora=corpora, held_out=held_out)
             if self.speed is not None:
                 with _timed(seconds, "speed"):
                     point = replace(point, speed=self._speed(artifact, spec, self.speed))
@@ -231,7 +233,7 @@ class Exporter:
             progress=self.progress,
         )
 
-    def _quality(self, artifact: Path, spec: ExportSpec) -> dict[str, CurveQuality]:
+    def _quality(self, artifact: Path, spec: ExportSpec) -> tuple[dict[str, CurveQuality], DocumentSums]:
         from cusprun.quality.runtime_likelihood import runtime_likelihoods
 
         documents = [document for group in self.sets.values() for document in group]
@@ -241,7 +243,13 @@ class Exporter:
             own = runtime_likelihoods(runtime, documents, self.progress)
         finally:
             runtime.close()
-        return qualities(self.sets, own, original_likelihoods(self.opened, documents, self.progress))
+        held_out = by_set(self.sets, own)[HELD_OUT]
+        sums = DocumentSums(
+            tuple(found.num_predicted_tokens for found in held_out),
+            tuple(found.negative_log_likelihood for found in held_out),
+        )
+        base = original_likelihoods(self.opened, documents, self.progress)
+        return qualities(self.sets, own, base), sums
 
     def _speed(self, artifact: Path, spec: ExportSpec, options: SpeedOptions) -> Speed:
         try:

@@ -70,10 +70,12 @@ def speed_rows(report: SweepReport, kinds: Sequence[str]) -> Iterator[tuple[str,
 def frontier_notes(report: SweepReport) -> tuple[str, ...]:
     """Return what a reader must know to trust the frontier."""
     options = report.speed_options
-    axes = "size on disk, decode speed and held-out perplexity" if options else "size and held-out perplexity"
+    speed = "decode speed, " if options else ""
+    axes = f"size on disk, {speed}held-out perplexity"
     notes = [
-        f"An export is dominated by another one that is at least as good in {axes}, and better in one of "
-        "them by more than both intervals.",
+        f"An export is dominated by another one that is worse in none of {axes}, and better in one of them, "
+        "each time by more than noise explains: intervals of speeds that do not touch, perplexities compared "
+        "document by document.",
         "Perplexities are those that each export's own runtime gives on the documents above, divided by the "
         f"original's in float32; {100 * report.confidence:.0f} % intervals over documents.",
     ]

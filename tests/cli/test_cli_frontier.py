@@ -127,10 +127,6 @@ def test_every_size_in_every_export(work) -> None:
     ]
     assert report == report_of("curve")
     assert str(work) not in Path("curve/sweep.json").read_text()
-    # The expert in f32 is smaller and, by the stopwatch, faster than the original in f32, so no worse than
-    # the judge can be said of it only where the quality is no better.
-    verdicts = {point.name: point.dominated_by for point in report.frontier}
-    assert verdicts["original gguf:f32"] is None or verdicts["0.3 gguf:f32"] != "original gguf:f32"
     _check_page(report)
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
-from itertools import chain, combinations
+from itertools import chain, combinations, pairwise
 
-from hypothesis import given
+import numpy as np
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from cusprun.pipeline.curve_quality import CurveQuality
-from cusprun.pipeline.dominance import Axis, Candidate, dominates, dominators
-from cusprun.pipeline.frontier import FrontierPoint, Speed, SpeedOptions, judged, merged
+from cusprun.pipeline.dominance import Candidate, Measured, Resampled, dominates, dominators
+from cusprun.pipeline.frontier import DocumentSums, FrontierPoint, Speed, SpeedOptions, judged, merged
 from cusprun.quality.report import Estimate
 from serve.bench.records import Interval
 
@@ -20,9 +22,9 @@ WIDTHS = st.integers(0, 2).map(lambda number: number / 2)
 
 
 @st.composite
-def axes(draw: st.DrawFn, exact: bool = False) -> Axis:
+def axes(draw: st.DrawFn, exact: bool = False) -> Measured:
     value = draw(SMALL)
-    return Axis.exact(value) if exact else Axis(value, value - draw(WIDTHS), value + draw(WIDTHS))
+    return Measured.exact(value) if exact else Measured(value, value - draw(WIDTHS), value + draw(WIDTHS))
 
 
 def points(exact: bool = False, most: int = 7) -> st.SearchStrategy[list[Candidate]]:
@@ -32,6 +34,25 @@ def points(exact: bool = False, most: int = 7) -> st.SearchStrategy[list[Candida
 
 def greyed(candidates: list[Candidate]) -> set[str]:
     return {name for name, judge in dominators(candidates).items() if judge is not None}
+
+
+def beats(one: Candidate, other: Candidate) -> bool:
+    """The rule, written down once more."""
+    pairs = list(zip(one.axes, other.axes, strict=True))
+    worse = [b.high < a.low for a, b in pairs]
+    better = [a.high < b.low for a, b in pairs]
+    return any(better) and not any(worse)
+
+
+def has_ring(candidates: list[Candidate]) -> bool:
+    """Whether points beat one another in a ring: taking away whom nobody beats does not end with nobody."""
+    left = list(candidates)
+    while left:
+        free = [point for point in left if not any(beats(other, point) for other in left)]
+        if not free:
+            return True
+        left = [point for point in left if point not in free]
+    return False
 
 
 @given(points(exact=True))
@@ -54,14 +75,7 @@ def test_with_intervals_it_is_the_one_set_that_judges_all_others_and_none_of_its
     candidates: list[Candidate],
 ) -> None:
     """Brute force over every set of points that might be the undominated ones."""
-
-    def apart(better: Axis, worse: Axis) -> bool:
-        return better.high < worse.low
-
-    def beats(one: Candidate, other: Candidate) -> bool:
-        pairs = list(zip(one.axes, other.axes, strict=True))
-        return not any(b.value < a.value for a, b in pairs) and any(apart(a, b) for a, b in pairs)
-
+    assume(not has_ring(candidates))
     subsets = chain.from_iterable(combinations(candidates, size) for size in range(len(candidates) + 1))
     fitting = [
         {point.name for point in chosen}
@@ -75,12 +89,15 @@ def test_with_intervals_it_is_the_one_set_that_judges_all_others_and_none_of_its
 def test_some_point_is_left_and_every_judge_is_one_of_those(candidates: list[Candidate]) -> None:
     verdicts = dominators(candidates)
     by_name = {point.name: point for point in candidates}
+    assert verdicts.keys() == by_name.keys()
     assert None in verdicts.values()
     for name, judge in verdicts.items():
         if judge is not None:
             assert verdicts[judge] is None
-            assert dominates(by_name[judge], by_name[name])
-            assert not dominates(by_name[name], by_name[judge])
+            assert beats(by_name[judge], by_name[name])
+        for other in candidates:
+            if verdicts[other.name] is None and not has_ring(candidates):
+                assert judge is not None or not beats(other, by_name[name])
 
 
 @given(points(), st.data())
@@ -88,15 +105,10 @@ def test_a_dominated_point_more_changes_nothing_else(
     candidates: list[Candidate], data: st.DataObject
 ) -> None:
     before = dominators(candidates)
-    best = data.draw(st.sampled_from([point for point in candidates if before[point.name] is None]))
-    worse = [data.draw(st.integers(0, 3)) for _ in best.axes]
-    far = data.draw(st.integers(0, NUM_AXES - 1))
-
-    def moved(axis: Axis, number: int) -> Axis:
-        value = axis.value + worse[number]
-        return Axis.exact(axis.high + 1) if number == far else Axis(value, value - 1, value + 1)
-
-    more = Candidate("more", tuple(moved(axis, number) for number, axis in enumerate(best.axes)))
+    more = Candidate("more", data.draw(st.tuples(*[axes()] * NUM_AXES)))
+    kept = [point for point in candidates if before[point.name] is None]
+    assume(any(beats(point, more) for point in kept))
+    assume(not has_ring([*candidates, more]))
     after = dominators([*candidates, more])
     assert after.pop("more") is not None
     assert after == before
@@ -112,31 +124,50 @@ def test_with_exact_values_domination_is_transitive(candidates: list[Candidate])
 
 
 @given(points(), st.randoms(use_true_random=False))
-def test_the_order_of_the_points_does_not_matter(candidates, random) -> None:
+def test_who_is_greyed_does_not_depend_on_the_order(candidates, random) -> None:
     shuffled = list(candidates)
     random.shuffle(shuffled)
-    assert dominators(shuffled) == dominators(candidates)
+    assert greyed(shuffled) == greyed(candidates)
+
+
+def test_a_ring_that_noise_has_made_stays_whole() -> None:
+    """Each is beyond the next on one axis, and too wide on the other to be told from it."""
+    ring = [
+        Candidate("a", (Measured(1, 0.9, 1.1), Measured(4, 3.9, 4.1))),
+        Candidate("b", (Measured(2, 1.9, 2.1), Measured(3, 1.0, 5.0))),
+        Candidate("c", (Measured(3, 2.9, 3.1), Measured(2, 1.9, 2.1))),
+        Candidate("d", (Measured(2, 0.0, 4.0), Measured(3, 2.9, 3.1))),
+    ]
+    assert all(dominates(one, other) for one, other in pairwise([*ring, ring[0]]))
+    assert greyed(ring) == set()
+    best = Candidate("best", (Measured.exact(-1), Measured.exact(-1)))
+    assert dominators([*ring, best]) == dict.fromkeys("abcd", "best") | {"best": None}
 
 
 def test_noise_greys_nothing_out() -> None:
     """Better everywhere, and each time by less than the intervals."""
-    better = Candidate("better", (Axis(1.0, 0.9, 1.1), Axis(50.0, 45.0, 55.0)))
-    worse = Candidate("worse", (Axis(1.05, 1.0, 1.2), Axis(51.0, 46.0, 58.0)))
+    better = Candidate("better", (Measured(1.0, 0.9, 1.1), Measured(50.0, 45.0, 55.0)))
+    worse = Candidate("worse", (Measured(1.05, 1.0, 1.2), Measured(51.0, 46.0, 58.0)))
     assert greyed([better, worse]) == set()
     # ... and one interval that is clear of the other is enough.
-    clear = replace(worse, axes=(Axis(1.3, 1.2, 1.4), worse.axes[1]))
+    clear = replace(worse, axes=(Measured(1.3, 1.2, 1.4), worse.axes[1]))
     assert dominators([better, clear]) == {"better": None, "worse": "better"}
 
 
-def test_a_wide_interval_is_no_tie() -> None:
-    """Smaller beyond doubt, but measured worse: nobody knows that the quality is the same."""
-    small = Candidate("small", (Axis.exact(10.0), Axis(1.2, 0.9, 1.6)))
-    large = Candidate("large", (Axis.exact(20.0), Axis(1.1, 0.8, 1.5)))
-    assert greyed([small, large]) == set()
+def test_the_same_documents_are_compared_draw_by_draw() -> None:
+    """Hard and easy documents make wide intervals; a loss that all of them share is seen all the same."""
+    means = np.random.default_rng(0).normal(3, 1, 2001)
+    one, other = Resampled(means), Resampled(means + 0.01)
+    assert one.is_beyond(other)
+    assert not other.is_beyond(one)
+    assert not one.is_beyond(one)
+    noisy = Resampled(means + np.random.default_rng(1).normal(0.01, 0.1, 2001))
+    assert not one.is_beyond(noisy)
+    assert not noisy.is_beyond(one)
 
 
 def test_an_axis_turned_round() -> None:
-    slow, fast = Axis.more_is_better(10, 9, 11), Axis.more_is_better(20, 15, 25)
+    slow, fast = Measured.more_is_better(10, 9, 11), Measured.more_is_better(20, 15, 25)
     assert fast.is_beyond(slow)
     assert not slow.is_beyond(fast)
     assert slow.low <= slow.value <= slow.high
@@ -147,8 +178,12 @@ def frontier_point(ratio: float, size: int, quality: float, rate: float | None =
     if rate is not None:
         interval = Interval(rate, rate - 1, rate + 1)
         speed = Speed(interval, interval, interval, interval, 1e6, 10, "library 1", "machine")
-    row = CurveQuality(9, 99, Estimate(5, 4, 6), Estimate(quality, quality - 0.01, quality + 0.01))
-    return FrontierPoint(ratio, "gguf", "q8_0", 1000, "hash", size, 8.0, {"held_out": row}, speed)
+    row = CurveQuality(9, 99, Estimate(5 * quality, 4, 6), Estimate(quality, 0.5, 1.5))
+    tokens = (11,) * 9
+    hard = (1.0, 2.0, 3.0) * 3  # documents differ by far more than points do
+    nats = tuple(11 * (hardness + math.log(quality)) for hardness in hard)
+    sums = DocumentSums(tokens, nats)
+    return FrontierPoint(ratio, "gguf", "q8_0", 1000, "hash", size, 8.0, {"held_out": row}, sums, speed)
 
 
 def test_points_are_judged_by_size_quality_and_speed() -> None:
