@@ -12,7 +12,7 @@ NEED_DATA = test -n "$(DATA)" || { echo "give the data: make $@ DATA=FOLDER (see
 
 .DEFAULT_GOAL := help
 .PHONY: help setup vllm demo test test-all test-rest test-vllm lint types wheel-check bench-quality bench-paper bench-tradeoff \
-	bench-export bench-cost bench-serve bench-demo docs clean
+	bench-export bench-cost bench-serve bench-check bench-demo docs clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -89,6 +89,9 @@ bench-cost: setup ## Time pruning against a plain forward pass.
 bench-serve: setup vllm ## Measure serving; DATA=FOLDER as above.
 	@$(NEED_DATA)
 	$(PYTHON) benchmarks/serving.py --data "$(DATA)"
+
+bench-check: setup ## Check that the benchmark itself can be trusted.
+	$(PYTHON) benchmarks/check.py
 
 bench-demo: demo ## Run the demo and keep its table as the committed result.
 	cp demo-output/results.json benchmarks/results/demo.json

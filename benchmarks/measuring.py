@@ -258,13 +258,17 @@ class Options:
         return expert.smoke() if self.smoke else expert
 
 
-def run(name: str, description: str, make: Callable[[Options, Ledger], str]) -> None:
+def run(
+    name: str, description: str, make: Callable[[Options, Ledger], str], *, needs_data: bool = True
+) -> None:
     """Read the command line, make a benchmark's rows and write its two result files.
 
-    ``make`` fills the ledger and returns the Markdown. A smoke run writes nothing that stays.
+    ``make`` fills the ledger and returns the Markdown. A smoke run writes nothing that stays. What does not
+    need data measures with what is shipped.
     """
     parser = argparse.ArgumentParser(description=description.split("\n", maxsplit=1)[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder with gsm8k/ and xquad/")
+    if needs_data:
+        parser.add_argument("--data", type=Path, required=True, help="folder with gsm8k/ and xquad/")
     parser.add_argument("--fresh", action="store_true", help="make finished rows again, too")
     parser.add_argument("--only", metavar="MODEL/EXPERT", help="make the rows of one table")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N or auto")
@@ -274,9 +278,10 @@ def run(name: str, description: str, make: Callable[[Options, Ledger], str]) -> 
     results = scratch if given.smoke else RESULTS
     results.mkdir(exist_ok=True)
     try:
-        ledger = Ledger(results / f"{name}.json", f"make bench-{name} DATA=FOLDER")
+        ledger = Ledger(results / f"{name}.json", f"make bench-{name}" + " DATA=FOLDER" * needs_data)
         device = open_device(given.device)
-        options = Options(given.data, results, scratch, given.fresh, given.only, given.smoke, device)
+        data = given.data if needs_data else Path()
+        options = Options(data, results, scratch, given.fresh, given.only, given.smoke, device)
         markdown = make(options, ledger)
         (results / f"{name}.md").write_text(markdown, encoding="utf-8")
         print(markdown)

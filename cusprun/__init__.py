@@ -33,8 +33,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cusprun import errors as errors
     from cusprun.diagnosis import doctor as doctor
-    from cusprun.pipeline.artifacts import bench as bench
     from cusprun.pipeline.artifacts import export as export
+    from cusprun.pipeline.bench import bench as bench
     from cusprun.pipeline.evaluation import evaluate as evaluate
     from cusprun.pipeline.models import import_gguf as import_gguf
     from cusprun.pipeline.models import inspect as inspect
@@ -57,7 +57,7 @@ _FUNCTIONS = {
     "prune": "cusprun.pipeline.stages",
     "export": "cusprun.pipeline.artifacts",
     "verify": "cusprun.pipeline.proof",
-    "bench": "cusprun.pipeline.artifacts",
+    "bench": "cusprun.pipeline.bench",
     "evaluate": "cusprun.pipeline.evaluation",
     "overlap": "cusprun.pipeline.overlap",
     "serve": "cusprun.pipeline.serving",

@@ -17,6 +17,7 @@ from cusprun.walk.device import DEFAULT_DEVICE, check_device
 
 if TYPE_CHECKING:
     from exporters.registry import Format
+    from serve.bench.records import BenchOptions
 
 N = TypeVar("N", int, float)
 
@@ -32,13 +33,10 @@ class ExportSpec:
 
 @dataclass(frozen=True)
 class BenchSpec:
-    """What is measured (the export of this precision) and how; see ``serve.bench.records.BenchOptions``."""
+    """What is measured: exports, as format and precision, and how."""
 
-    quant: str
-    num_prompt_tokens: int
-    num_decode_tokens: int
-    num_pairs: int
-    time_limit_s: float
+    exports: tuple[tuple[str, str], ...]
+    options: BenchOptions
 
 
 @dataclass(frozen=True)
@@ -217,31 +215,42 @@ def _options(section: Section, chosen: Format) -> Iterator[tuple[str, Any]]:
 
 
 def _bench(root: Section, exports: tuple[ExportSpec, ...]) -> BenchSpec | None:
-    """Read ``bench``: true, false, or a mapping of options."""
+    """Read ``bench``: true, false, or a mapping of options.
+
+    Without ``exports`` the first one is measured that does not want a server started for each run.
+    """
     from serve.bench.records import BenchOptions
 
     value = root.value("bench")
-    default = BenchOptions()
-    ggufs = [export.quant for export in exports if export.to == "gguf"]
-    first = ggufs[0] if ggufs else ""
-    if not ggufs and value is not None:
-        value.fault("'bench' measures a gguf file, and 'exports' names none")
-    if value is not None and value.is_mapping:
-        section = value.section()
-        return BenchSpec(
-            quant=section.take(
-                "quant", str, first, lambda name: _known(name, ggufs, "precision of 'exports'")
-            ),
-            num_prompt_tokens=section.take("num_prompt_tokens", int, default.num_prompt_tokens, _positive),
-            num_decode_tokens=section.take("num_decode_tokens", int, default.num_decode_tokens, _positive),
-            num_pairs=section.take("num_pairs", int, default.num_pairs, _positive),
-            time_limit_s=section.take("time_limit_s", float, default.time_limit_s, _positive),
-        )
-    if not root.take("bench", bool, bool(ggufs)):
-        return None
-    return BenchSpec(
-        first, default.num_prompt_tokens, default.num_decode_tokens, default.num_pairs, default.time_limit_s
+    known = {f"{export.to}:{export.quant}": (export.to, export.quant) for export in exports}
+    first = tuple(export for export in known.values() if export[0] != "vllm")[:1]
+    if value is None or not value.is_mapping:
+        return BenchSpec(first, BenchOptions()) if root.take("bench", bool, True) and first else None
+    section, default = value.section(), BenchOptions()
+    named = [
+        item.scalar(str, "", lambda name: _known(name, known, "one of 'exports'"))
+        for item in section.items("exports")
+    ]
+    options = BenchOptions(
+        prompt_lengths=_counts(section, "prompt_lengths", default.prompt_lengths),
+        context_depths=_counts(section, "context_depths", default.context_depths),
+        num_decode_tokens=section.take("num_decode_tokens", int, default.num_decode_tokens, _positive),
+        num_pairs=section.take("num_pairs", int, None, _positive),
+        precision=section.take("precision", float, default.precision, _positive),
+        time_limit_s=section.take("time_limit_s", float, None, _positive),
     )
+    chosen = tuple(known[name] for name in named if name in known) or first
+    if not chosen:
+        value.fault("'bench' must name what to measure: exports: [FORMAT:PRECISION]")
+    return BenchSpec(chosen, options)
+
+
+def _counts(section: Section, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
+    """Read a list of numbers of tokens."""
+    found = tuple(item.scalar(int, 1, _positive) for item in section.items(key))
+    if len(set(found)) != len(found):
+        section.fault(key, f"{key!r} names a number twice")
+    return found or default
 
 
 def _positive(value: float) -> str:

@@ -114,6 +114,10 @@ class ChildServer:
             ) from None
         return body
 
+    def pids(self) -> tuple[int, ...]:
+        """Return the processes of the server and all that it started."""
+        return tuple(process.pid for process in self._process.processes())
+
     def memory_bytes(self) -> int:
         """Return the memory of the server and all that it started, pages that several share counted once.
 

@@ -1,4 +1,4 @@
-"""``export``, ``verify`` and ``bench``."""
+"""``export`` and ``verify``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cusprun.cli.console import ConsoleProgress, stdout
-from cusprun.cli.options import DeviceName, JsonFile, OptionalExpertFile, refuse_existing_json, write_json
+from cusprun.cli.options import DeviceName, OptionalExpertFile
 from cusprun.walk.device import DEFAULT_DEVICE
 
 
@@ -16,7 +16,6 @@ def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
     app.command("export")(export)
     app.command("verify")(verify)
-    app.command("bench")(bench)
 
 
 def export(
@@ -101,35 +100,3 @@ def verify(
     from cusprun.pipeline.proof import verify as run
 
     stdout().print(parity_table(run(folder, artifacts, expert=expert, progress=ConsoleProgress())))
-
-
-def bench(
-    before: Annotated[str, typer.Option(help="GGUF file, folder or hub id.", show_default=False)],
-    after: Annotated[str, typer.Option(help="GGUF file, folder or hub id.", show_default=False)],
-    quant: Annotated[str, typer.Option(help="Precision that folders are exported to first.")] = "q8_0",
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 256,
-    decode_tokens: Annotated[int, typer.Option(help="Tokens decoded one by one.")] = 128,
-    pairs: Annotated[int, typer.Option(help="Runs of each model.")] = 9,
-    time_limit: Annotated[float, typer.Option(help="Seconds after which no further pair is begun.")] = 90.0,
-    threads: Annotated[
-        int | None, typer.Option(help="Threads; the physical cores by default.", show_default=False)
-    ] = None,
-    json: JsonFile = None,
-) -> None:
-    """Measure two models side by side in llama.cpp: latency, speed, memory."""
-    from cusprun.cli.tables import row_table
-    from cusprun.pipeline.artifacts import bench as run
-    from serve.bench.records import BenchOptions
-    from serve.bench.table import bench_table
-
-    refuse_existing_json(json)
-    options = BenchOptions(
-        num_prompt_tokens=prompt_tokens,
-        num_decode_tokens=decode_tokens,
-        num_pairs=pairs,
-        time_limit_s=time_limit,
-        num_threads=threads,
-    )
-    report = run(before, after, quant=quant, options=options, progress=ConsoleProgress())
-    write_json(report, json)
-    stdout().print(row_table(bench_table(report)))

@@ -106,6 +106,14 @@ def split_list(values: Iterable[str] | None) -> tuple[str, ...]:
     return tuple(part.strip() for value in values or () for part in value.split(",") if part.strip())
 
 
+def parse_counts(text: str, option: str) -> tuple[int, ...]:
+    """Return whole numbers written with commas between them; raises ``UserError`` for anything else."""
+    parts = split_list([text])
+    if not all(part.isdecimal() for part in parts):
+        raise UserError(f"{option} must be whole numbers like 128,512, not {text!r}")
+    return tuple(int(part) for part in parts)
+
+
 def parse_size(text: str | None) -> int | None:
     """Return the bytes of a size like ``5GB`` or ``800M``; raises ``UserError`` for anything else."""
     from cusprun.pruning.budget_text import parse_size as parse

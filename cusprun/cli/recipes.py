@@ -25,6 +25,7 @@ def run_recipe(
     json: JsonFlag = False,
 ) -> None:
     """Run a recipe: from a model to a measured expert, with one table at the end."""
+    from cusprun.cli.bench import require_all_measured
     from cusprun.cli.tables import row_table
     from cusprun.pipeline.run import run
 
@@ -33,3 +34,5 @@ def run_recipe(
         print_json(report)
     else:
         stdout().print(row_table(report.table, title=f"{report.source} → {report.expert}"))
+    if report.bench is not None:
+        require_all_measured(report.bench)

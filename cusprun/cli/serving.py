@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -12,9 +10,8 @@ from typing import Annotated
 import typer
 
 from cusprun.cli.console import ConsoleProgress
+from cusprun.cli.keys import KEY_VARIABLE, hide_keys
 from cusprun.errors import UserError
-
-KEY_VARIABLE = "CUSPRUN_API_KEY"
 
 
 def register(app: typer.Typer) -> None:
@@ -110,7 +107,7 @@ def serve(
         show_engine_log=engine_log,
     )
     if api_key is not None:
-        _hide(options.keys)
+        hide_keys(options.keys)
     if before is None and after is None:
         if artifact is None:
             raise UserError("nothing to serve was named; give an artifact, or --before and --after")
@@ -140,27 +137,3 @@ def _keys(given: str | None, file: Path | None) -> tuple[str, ...]:
             raise UserError(f"the key file {file} holds no key; write one a line")
         keys += found
     return tuple(dict.fromkeys(keys))
-
-
-def _hide(keys: Sequence[str]) -> None:
-    """Start this program over with the keys in its environment, which other users of the machine cannot read.
-
-    Command lines are shown to all of them. Does nothing where the command line is not this process's own. The
-    interpreter's own options, and how the program was named, stay: ``-m`` alone would import from the current
-    folder.
-    """
-    words = sys.orig_argv[1:]
-    kept: list[str] = []
-    rest = iter(words)
-    for word in rest:
-        if word == "--":
-            kept += [word, *rest]
-        elif word == "--api-key":
-            next(rest, None)
-        elif not word.startswith("--api-key="):
-            kept.append(word)
-    if len(kept) == len(words) or not hasattr(os, "execve"):
-        return
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.execve(sys.executable, [sys.executable, *kept], {**os.environ, KEY_VARIABLE: "\n".join(keys)})

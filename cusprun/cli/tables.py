@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cusprun.quality.report import CorpusQuality, Estimate, EvalReport, TaskQuality
     from cusprun.records import Manifest, NeuronManifest, Plan, Shape
     from exporters.parity_records import ParityReport
+    from serve.bench.records import BenchReport
     from serve.bench.table import Table as BenchTable
 
 _SHAPE_LABELS = {
@@ -65,6 +66,14 @@ def _stacked(shown: Table, notes: Sequence[str]) -> RenderableType:
     from rich.console import Group
 
     return Group(shown, *(Text(note) for note in notes))
+
+
+def bench_tables(report: BenchReport) -> Iterator[RenderableType]:
+    """Lay out a benchmark, a table for each runtime."""
+    from serve.bench.table import bench_table, suite_title
+
+    for suite in report.suites:
+        yield row_table(bench_table(report, suite), title=suite_title(suite))
 
 
 def inspection_tables(found: Inspection) -> Iterator[RenderableType]:

@@ -1,4 +1,4 @@
-"""Artifacts: written from a folder for a runtime, and measured against each other."""
+"""Artifacts: written from a folder for a runtime, and proven."""
 
 from __future__ import annotations
 
@@ -8,26 +8,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cusprun.cache import cached, fresh_output, key_of
+from cusprun.cache import fresh_output
 from cusprun.checkpoint.output import remove
 from cusprun.errors import ExportError, ModelError, require_known
 from cusprun.pipeline.calibration import MANIFEST_NAME, importance_for, known_corpora
 from cusprun.pipeline.proof import RUNTIMES, parity_documents, prove
 from cusprun.progress import SILENT, Progress
 from cusprun.records import Expert
-from cusprun.resolve import StrPath, locate, resolve
-from cusprun.version import __version__
+from cusprun.resolve import StrPath, resolve
 from cusprun.walk.device import DEFAULT_DEVICE, open_device
 
 if TYPE_CHECKING:
     from cusprun.checkpoint.index import CheckpointIndex
-    from serve.bench.records import BenchOptions, BenchReport
 
 log = logging.getLogger(__name__)
 
 DEFAULT_FORMAT = "gguf"
-BENCH_QUANT = "q8_0"
-"""What a folder is exported to when it is to be measured: what people run, 8 bits."""
 
 
 def export(
@@ -105,45 +101,3 @@ def refuse_edited(index: CheckpointIndex) -> None:
             f"{path} was written for other weights or another config than those beside it; make the expert "
             "again, or remove the manifest to export the folder as it is"
         )
-
-
-def bench(
-    before: StrPath,
-    after: StrPath,
-    *,
-    quant: str = BENCH_QUANT,
-    options: BenchOptions | None = None,
-    progress: Progress = SILENT,
-) -> BenchReport:
-    """Measure two models against each other in llama.cpp: load time, latency, speed and peak memory.
-
-    GGUF files are measured as they are; anything else is exported to ``quant`` first, once, into the cache.
-
-    Raises:
-        ConfigError: an option cannot be.
-        ModelError: a model is missing or damaged.
-        MissingDependencyError: llama-cpp-python is not installed.
-        MeasurementError: the benchmark could not be finished.
-    """
-    from serve.bench.orchestrate import bench as run_bench
-
-    RUNTIMES["gguf"].require()
-    paths = [_measurable(model, quant, progress) for model in (before, after)]
-    return run_bench(paths[0], paths[1], options, progress)
-
-
-def _measurable(model: StrPath, quant: str, progress: Progress) -> Path:
-    from cusprun.checkpoint.index import model_hash, open_checkpoint
-    from exporters.registry import format_of
-
-    located = locate(model, progress)
-    if located.path.is_file():
-        return located.path
-    gguf_format = format_of("gguf")
-    require_known(quant, gguf_format.quants, "gguf precision", ExportError)
-    key = key_of("gguf", model_hash(open_checkpoint(located.path)), quant, __version__)
-    return cached(
-        "artifacts",
-        f"{located.path.name}-{quant}-{key}.gguf",
-        lambda path: gguf_format.export(located.path, path, quant=quant, progress=progress),
-    )[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from serve.bench.records import BenchReport
 from serve.bench.table import Row, Table, exact_change, format_bytes, format_count
 
 _BENCH_METRICS = ("peak_memory_bytes", "time_to_first_token_ms", "decode_tokens_per_second")
-_SIZE_ROWS = 2  # a bench table begins with parameters and file size
+_SIZES = ("Parameters", "File size")  # of a bench table, which stand further up here
 _COMPENSATIONS = {"refit": "with refit", "bias": "with biases for what went", "none": "no refit"}
 _LABELS = {"held_out": "Perplexity, held-out expert documents", "general": "Perplexity, general text"}
 
@@ -59,7 +59,7 @@ class RunReport:
     bench: BenchReport | None
     seconds: Mapping[str, float]
     prune_seconds: Mapping[str, float]
-    schema_version: int = 1
+    schema_version: int = 2
 
 
 def run_report(
@@ -107,7 +107,8 @@ def _table(
     quality: EvalReport | None,
     bench: BenchReport | None,
 ) -> Table:
-    measured = bench_tables.bench_table(bench, _BENCH_METRICS) if bench else Table((), ())
+    suites = bench.suites if bench else ()
+    tables = [bench_tables.bench_table(bench, suite, _BENCH_METRICS) for suite in suites] if bench else []
     rows = [
         Row(
             "Parameters",
@@ -126,10 +127,13 @@ def _table(
                 exact_change(before, after, "smaller", "larger"),
             )
         )
-    rows += measured.rows[_SIZE_ROWS:]
+    for suite, measured in zip(suites, tables, strict=True):
+        named = f" in {bench_tables.suite_title(suite)}" if len(suites) > 1 else ""
+        rows += [replace(row, metric=row.metric + named) for row in measured.rows if row.metric not in _SIZES]
     if quality:
         rows += [_perplexity_row(name, quality) for name in quality.corpus_names()]
-    return Table(tuple(rows), (*_notes(manifest, parity, quality), *measured.notes))
+    notes = [note for table in tables for note in table.notes]
+    return Table(tuple(rows), (*_notes(manifest, parity, quality), *notes))
 
 
 def _perplexity_row(name: str, quality: EvalReport) -> Row:

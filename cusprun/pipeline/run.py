@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from cusprun.cache import file_sha256, key_of, remove_leftovers
+from cusprun.cache import key_of, remove_leftovers
 from cusprun.codec import dump_json, load_json, to_plain
 from cusprun.errors import CusprunError, OutputError
 from cusprun.pipeline.calibration import importance_for
@@ -284,21 +284,24 @@ def _bench(
     out: _OutFolder,
     progress: Progress,
 ) -> BenchReport | None:
+    from cusprun.pipeline.bench import RUNTIME_OF, target_of
+    from exporters.parity import sha256_of
     from serve.bench.orchestrate import bench
-    from serve.bench.records import BenchOptions, BenchReport
+    from serve.bench.records import BenchReport
 
     spec = recipe.bench
     if spec is None:
         return None
-    options = BenchOptions(
-        num_prompt_tokens=spec.num_prompt_tokens,
-        num_decode_tokens=spec.num_decode_tokens,
-        num_pairs=spec.num_pairs,
-        time_limit_s=spec.time_limit_s,
-    )
-    paths = next(p for e, p in artifacts.items() if (e.to, e.quant) == ("gguf", spec.quant))
-    hashes = [file_sha256(paths[side], progress) for side in (_BEFORE, _AFTER)]
-    key = key_of("bench", hashes, repr(options), __version__)
-    return out.measurement(
-        "bench.json", BenchReport, key, lambda: bench(paths[_BEFORE], paths[_AFTER], options, progress)
-    )
+    chosen = {(export.to, export.quant): paths for export, paths in artifacts.items()}
+    measured = {export: chosen[export] for export in spec.exports}
+    hashes = [sha256_of(paths[side]) for paths in measured.values() for side in (_BEFORE, _AFTER)]
+    key = key_of("bench", [*measured], hashes, repr(spec.options), __version__)
+
+    def measure_all() -> BenchReport:
+        targets = [
+            target_of(RUNTIME_OF[to], paths[_BEFORE], paths[_AFTER], quant)
+            for (to, quant), paths in measured.items()
+        ]
+        return bench(targets, spec.options, progress)
+
+    return out.measurement("bench.json", BenchReport, key, measure_all)

@@ -10,15 +10,19 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from cusprun.codec import Indices
 from serve.bench.records import Environment
 
-_PACKAGES = ("cusprun", "llama-cpp-python", "numpy")
+_PACKAGES = (
+    "cusprun", "llama-cpp-python", "numpy", "onnxruntime", "onnxruntime-genai", "torch", "transformers",
+)  # fmt: skip
 _CPU_FOLDER = Path("/sys/devices/system/cpu")
 _QUOTA_FILE = Path("/sys/fs/cgroup/cpu.max")
+_NVIDIA_FOLDER = Path("/proc/driver/nvidia/gpus")
 
 
-def describe(num_threads: int, runtime: str, load_average: float | None) -> Environment:
-    """Describe machine and libraries; ``runtime`` is what a worker said about its own."""
+def describe(num_threads: int, load_average: float | None) -> Environment:
+    """Describe machine and libraries."""
     import psutil
 
     return Environment(
@@ -27,10 +31,35 @@ def describe(num_threads: int, runtime: str, load_average: float | None) -> Envi
         num_threads=num_threads,
         memory_bytes=int(psutil.virtual_memory().total),
         load_average=load_average,
+        usable_cpus=_usable_cpus(),
+        governor=_text(_CPU_FOLDER / "cpu0" / "cpufreq" / "scaling_governor"),
+        gpus=gpu_models(),
         operating_system=platform.platform(terse=True),
-        runtime=runtime,
         versions={"python": platform.python_version(), **_versions(_PACKAGES)},
     )
+
+
+def gpu_models(folder: Path = _NVIDIA_FOLDER) -> tuple[str, ...]:
+    """Return the models of NVIDIA GPUs as their driver lists them; none without that driver."""
+    found = []
+    for path in sorted(folder.glob("*/information")):
+        for line in (_text(path) or "").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "Model":
+                found.append(value.strip())
+    return tuple(found)
+
+
+def _usable_cpus() -> str | None:
+    """Return the numbers of the CPUs that this process may use, as ranges."""
+    return Indices(os.sched_getaffinity(0)).to_text() if hasattr(os, "sched_getaffinity") else None
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return None
 
 
 def load_average() -> float | None:

@@ -1,39 +1,46 @@
-"""Before against after: fresh processes, interleaved, within a time limit."""
+"""Before against after: fresh processes, interleaved, until the ratios are known well enough."""
 
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import random
-import signal
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from cusprun.codec import from_plain, to_plain
-from cusprun.errors import CusprunError, MeasurementError, MissingDependencyError, ModelError
+from cusprun.errors import (
+    CusprunError,
+    MeasurementError,
+    MissingDependencyError,
+    ModelError,
+    UserError,
+    require_known,
+)
 from cusprun.progress import SILENT, Progress
 from serve.bench import environment
+from serve.bench.engines import ENGINES
+from serve.bench.hardware import measure_hardware
+from serve.bench.launch import Launch, subprocess_launch
+from serve.bench.measurement import Fault, Job, Measurement, Reply
+from serve.bench.metrics import DECODE_SPEED, Metric, at, metrics_of
 from serve.bench.records import (
     SIDES,
     Artifact,
     BenchOptions,
     BenchReport,
-    Fault,
-    Job,
     LostRun,
-    Measurement,
-    Reply,
+    Roofline,
     Run,
+    Suite,
 )
-from serve.bench.statistics import compare_runs, reduce_run, spread
+from serve.bench.roofline import Speeds, Work, roofline
+from serve.bench.statistics import compare_runs, is_precise, least_pairs, reduce_run, spread
 
-Launch = Callable[[Job], Reply]
-"""Runs one job in a process of its own; never raises for what the worker did."""
+Clock = Callable[[], float]
+Hardware = Callable[[Sequence[int], int], Mapping[int, Speeds] | None]
 
 _MAX_LOST = 2  # a worker that dies three times will die again
 _FOREIGN_SHARE_LIMIT = 0.10
@@ -41,117 +48,258 @@ _SPREAD_LIMIT = 0.20  # runs on a quiet machine stay within 0.12 of each other
 _CHUNK_BYTES = 1 << 24
 
 
+@dataclass(frozen=True)
+class Target:
+    """Two artifacts, files or folders, for one runtime; ``works`` are by side, for the roofline.
+
+    ``precision`` is how both are quantised, for people.
+    """
+
+    runtime: str
+    before: Path
+    after: Path
+    precision: str | None = None
+    works: Mapping[str, Work] = field(default_factory=dict)
+
+    def path(self, side: str) -> Path:
+        """Return the artifact of a side."""
+        return self.before if side == SIDES[0] else self.after
+
+
 def bench(
-    before: Path,
-    after: Path,
+    targets: Sequence[Target],
     options: BenchOptions | None = None,
     progress: Progress = SILENT,
     *,
     launch: Launch | None = None,
-    clock: Callable[[], float] = time.monotonic,
+    clock: Clock = time.monotonic,
+    hardware: Hardware = measure_hardware,
 ) -> BenchReport:
-    """Measure two GGUF files against each other in llama.cpp on the CPU.
+    """Measure two models against each other in each target's runtime.
 
-    Every run is a fresh process that loads, warms up and measures; the files take turns, in an order drawn
-    from the seed for each pair, so that drift of the machine meets both alike. Both files are read once
-    beforehand, so load times are those of a file in the page cache.
+    Every run is a fresh process that loads, warms up and measures; the models take turns, in an order drawn
+    from the seed for each pair, so that drift of the machine meets both alike. All files are read once
+    beforehand, so load times are those of files in the page cache. A runtime that cannot be measured leaves
+    a suite that says why, unless it is the only one.
 
     Raises:
         ConfigError: an option cannot be.
-        ModelError: a file is missing, or llama.cpp refuses it.
-        MissingDependencyError: llama-cpp-python is not installed.
-        MeasurementError: a worker died, hung or answered nonsense more than twice, or no pair was complete.
+        UserError: a runtime is unknown.
+        ModelError: a file is missing, or the only runtime refuses it.
+        MissingDependencyError: the only runtime is not installed.
+        MeasurementError: no runtime could be measured: a worker died, hung or answered nonsense more than
+            twice, or no pair was complete.
     """
     options = options or BenchOptions()
     options.check()
-    paths = dict(zip(SIDES, (before, after), strict=True))
-    sizes = {side: _read_through(path) for side, path in paths.items()}
+    for target in targets:
+        require_known(target.runtime, ENGINES, "runtime")
     num_threads = options.num_threads or environment.physical_cores()
-    jobs = {side: _job(path, options, num_threads) for side, path in paths.items()}
-    load_average = environment.load_average()
+    load_average, start = environment.load_average(), clock()
+    suites: list[Suite] = []
+    errors: list[CusprunError] = []
+    for target in targets:
+        try:
+            suites.append(_suite(target, options, num_threads, progress, launch, clock, hardware))
+        except (MeasurementError, ModelError, MissingDependencyError) as error:
+            errors.append(error)
+            suites.append(_failed_suite(target, error))
+    if len(errors) == len(targets):
+        raise errors[0] if errors else UserError("no runtime was named; name at least one, like llamacpp")
+    return BenchReport(
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        options=options,
+        environment=environment.describe(num_threads, load_average),
+        suites=tuple(suites),
+        elapsed_s=clock() - start,
+    )
+
+
+def _suite(
+    target: Target,
+    options: BenchOptions,
+    num_threads: int,
+    progress: Progress,
+    launch: Launch | None,
+    clock: Clock,
+    hardware: Hardware,
+) -> Suite:
+    kind = ENGINES[target.runtime]
+    sizes = {side: _read_through(target.path(side)) for side in SIDES}
+    jobs = {
+        side: Job.of(target.runtime, str(target.path(side).absolute()), options, num_threads)
+        for side in SIDES
+    }
+    series = _Series(
+        jobs=jobs,
+        options=options,
+        metrics=metrics_of(options),
+        launch=launch or subprocess_launch(options.run_limit_s or kind.run_limit_s),
+        clock=clock,
+        time_limit_s=options.time_limit_s or kind.time_limit_s,
+    )
     cpu_start, start = environment.cpu_seconds(), clock()
-    pairs, lost = _run_pairs(jobs, options, progress, launch or subprocess_launch(options.run_limit_s), clock)
+    series.measure(progress)
     elapsed_s = clock() - start
     foreign = environment.foreign_share(
         cpu_start, environment.cpu_seconds(), max(elapsed_s, 1e-9), os.cpu_count() or 1
     )
-    runs = tuple(reduce_run(side, i, pair[side]) for i, pair in enumerate(pairs) for side in SIDES)
-    first = pairs[0]
-    return BenchReport(
-        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        before=Artifact(before.name, sizes["before"], first["before"].num_parameters),
-        after=Artifact(after.name, sizes["after"], first["after"].num_parameters),
-        options=options,
-        environment=environment.describe(num_threads, first["before"].runtime, load_average),
+    comparisons = compare_runs(series.runs, series.metrics, options.seed)
+    first = series.first
+    return Suite(
+        runtime=target.runtime,
+        library=first["before"].library,
+        before=_artifact(target, "before", sizes, first),
+        after=_artifact(target, "after", sizes, first),
         context_length=first["before"].context_length,
-        comparisons=compare_runs(runs, options.seed),
-        runs=runs,
-        lost_runs=tuple(lost),
-        noise=noise(foreign, runs),
+        comparisons=comparisons,
+        runs=tuple(series.runs),
+        lost_runs=tuple(series.lost),
+        noise=noise(foreign, series.runs, options),
+        stopped=series.stopped,
+        roofline=_roofline(target, options, comparisons, num_threads, hardware),
         elapsed_s=elapsed_s,
     )
 
 
-def _job(path: Path, options: BenchOptions, num_threads: int) -> Job:
-    return Job(
-        path=str(path.absolute()),
-        num_prompt_tokens=options.num_prompt_tokens,
-        num_decode_tokens=options.num_decode_tokens,
-        decode_depth=options.decode_depth,
-        prompt_text=options.prompt_text,
-        num_threads=num_threads,
-        seed=options.seed,
+def _failed_suite(target: Target, error: CusprunError) -> Suite:
+    before, after = (
+        Artifact(path.name, 0, None, None, target.precision) for path in (target.before, target.after)
+    )
+    return Suite(
+        runtime=target.runtime,
+        library=ENGINES[target.runtime].label,
+        before=before,
+        after=after,
+        context_length=None,
+        comparisons=(),
+        runs=(),
+        lost_runs=(),
+        noise=(),
+        stopped="not measured",
+        roofline=None,
+        elapsed_s=0.0,
+        failure=str(error),
     )
 
 
+def _artifact(
+    target: Target, side: str, sizes: Mapping[str, int], first: Mapping[str, Measurement]
+) -> Artifact:
+    num_parameters = first[side].num_parameters
+    return Artifact(
+        file_name=target.path(side).name,
+        file_bytes=sizes[side],
+        num_parameters=num_parameters,
+        bits_per_weight=8 * sizes[side] / num_parameters if num_parameters else None,
+        precision=target.precision,
+    )
+
+
+def _roofline(
+    target: Target, options: BenchOptions, comparisons: Sequence[object], num_threads: int, hardware: Hardware
+) -> Roofline | None:
+    if set(target.works) != set(SIDES):
+        return None
+    sizes = {side: target.works[side].weight_bytes for side in SIDES}
+    measured = hardware(tuple(sizes.values()), num_threads)
+    if measured is None:
+        return None
+    speeds = {side: measured[size] for side, size in sizes.items()}
+    return roofline(options, comparisons, target.works, speeds)  # type: ignore[arg-type]
+
+
 def _read_through(path: Path) -> int:
-    """Read a file once, which puts it into the page cache, and return its bytes."""
+    """Read a file, or the files of a folder, which puts them into the page cache, and return their bytes."""
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     size = 0
     try:
-        with path.open("rb") as stream:
-            while chunk := stream.read(_CHUNK_BYTES):
-                size += len(chunk)
+        for file in files:
+            with file.open("rb") as stream:
+                while chunk := stream.read(_CHUNK_BYTES):
+                    size += len(chunk)
     except OSError as error:
-        raise ModelError(f"{path} cannot be read ({error.strerror}); give a GGUF file") from None
+        raise ModelError(f"{path} cannot be read ({error.strerror}); give an exported model") from None
     return size
 
 
-def _run_pairs(
-    jobs: dict[str, Job],
-    options: BenchOptions,
-    progress: Progress,
-    launch: Launch,
-    clock: Callable[[], float],
-) -> tuple[list[dict[str, Measurement]], list[LostRun]]:
-    generator = random.Random(options.seed)
-    complete: list[dict[str, Measurement]] = []
-    lost: list[LostRun] = []
-    start, longest = clock(), 0.0
-    with progress.stage("benchmark", 2 * options.num_pairs, "run") as advance:
-        pair = 0
-        while len(complete) < options.num_pairs:
-            begun = clock()
-            over = begun - start + longest > options.time_limit_s
-            if over and complete:
+@dataclass
+class _Series:
+    """Pairs of runs of one runtime, one after the other."""
+
+    jobs: Mapping[str, Job]
+    options: BenchOptions
+    metrics: Sequence[Metric]
+    launch: Launch
+    clock: Clock
+    time_limit_s: float
+    runs: list[Run] = field(default_factory=list)
+    lost: list[LostRun] = field(default_factory=list)
+    first: dict[str, Measurement] = field(default_factory=dict)
+    stopped: str = ""
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs in which both models were measured."""
+        return len(self.runs) // 2
+
+    def measure(self, progress: Progress) -> None:
+        """Measure pairs until there are enough; raises what makes a first pair impossible."""
+        most = self.options.num_pairs or self.options.max_pairs
+        generator = random.Random(self.options.seed)
+        start, longest, pair = self.clock(), 0.0, 0
+        with progress.stage(
+            f"benchmark, {ENGINES[self.jobs['before'].runtime].label}", 2 * most, "run"
+        ) as advance:
+            while not self._is_enough(most):
+                begun = self.clock()
+                over = begun - start + longest > self.time_limit_s
+                if over and self.num_pairs:
+                    self.stopped = f"the time limit of {self.time_limit_s:g} seconds"
+                    return
+                measured = self._pair(pair, generator)
+                if len(self.lost) > _MAX_LOST or (over and self.lost and not self.num_pairs):
+                    raise self._given_up()
+                if len(measured) == len(SIDES):
+                    self.first = self.first or measured
+                    self.runs += [reduce_run(side, pair, measured[side], self.jobs[side]) for side in SIDES]
+                    advance(2)
+                pair += 1
+                longest = max(longest, self.clock() - begun)
+
+    def _given_up(self) -> MeasurementError:
+        last = self.lost[-1]
+        return MeasurementError(
+            f"the benchmark of {self.jobs[last.side].path} failed {len(self.lost)} times, the last time "
+            f"because {last.reason}; see that the file runs and that there is memory for it"
+        )
+
+    def _is_enough(self, most: int) -> bool:
+        if self.num_pairs >= most:
+            asked = "as asked" if self.options.num_pairs else "the most that are made"
+            self.stopped = f"{most} {'pair' if most == 1 else 'pairs'}, {asked}"
+            return True
+        if self.options.num_pairs or not self.num_pairs:
+            return False
+        comparisons = compare_runs(self.runs, self.metrics, self.options.seed)
+        if self.num_pairs < least_pairs(sum(entry.p_value is not None for entry in comparisons)):
+            return False
+        speeds = [metric.name for metric in self.metrics if metric.is_speed]
+        if not is_precise(comparisons, speeds, self.options.precision):
+            return False
+        self.stopped = f"the ratios of the speeds are known within {self.options.precision:.1%}"
+        return True
+
+    def _pair(self, pair: int, generator: random.Random) -> dict[str, Measurement]:
+        """Measure one pair, in an order drawn for it; what was measured of it when a run is lost."""
+        measured: dict[str, Measurement] = {}
+        for side in generator.sample(SIDES, k=2):
+            reply = self.launch(self.jobs[side])
+            if reply.measurement is None:
+                self.lost.append(_lost_run(reply, side, pair, self.jobs[side]))
                 break
-            measured: dict[str, Measurement] = {}
-            for side in generator.sample(SIDES, k=2):
-                reply = launch(jobs[side])
-                if reply.measurement is None:
-                    lost.append(_lost_run(reply, side, pair, jobs[side]))
-                    break
-                measured[side] = reply.measurement
-            if len(lost) > _MAX_LOST or (over and lost and not complete):
-                raise MeasurementError(
-                    f"the benchmark of {jobs[lost[-1].side].path} failed {len(lost)} times, the last time "
-                    f"because {lost[-1].reason}; see that the file runs and that there is memory for it"
-                )
-            if len(measured) == len(SIDES):
-                complete.append(measured)
-                advance(2)
-            pair += 1
-            longest = max(longest, clock() - begun)
-    return complete, lost
+            measured[side] = reply.measurement
+        return measured
 
 
 def _lost_run(reply: Reply, side: str, pair: int, job: Job) -> LostRun:
@@ -164,67 +312,17 @@ def _lost_run(reply: Reply, side: str, pair: int, job: Job) -> LostRun:
     return LostRun(side, pair, f"{fault.reason} (while measuring {Path(job.path).name})")
 
 
-def noise(foreign_share: float, runs: Sequence[Run]) -> tuple[str, ...]:
+def noise(foreign_share: float, runs: Sequence[Run], options: BenchOptions) -> tuple[str, ...]:
     """Say what made the machine noisy, one sentence each; ``foreign_share`` is of the machine's CPU time."""
     found = []
     if foreign_share > _FOREIGN_SHARE_LIMIT:
         found.append(f"other processes took {foreign_share:.0%} of the CPU time during the benchmark")
+    name = at(DECODE_SPEED.name, min(options.context_depths))
     for side in SIDES:
-        speeds = [run.decode_tokens_per_second for run in runs if run.side == side]
+        speeds = [run.values[name] for run in runs if run.side == side]
         if spread(speeds) > _SPREAD_LIMIT:
             found.append(
-                f"the decode speed of the file {side} ran from {min(speeds):.1f} to {max(speeds):.1f} "
+                f"the decode speed {side} pruning ran from {min(speeds):.1f} to {max(speeds):.1f} "
                 f"tokens/s (median {statistics.median(speeds):.1f})"
             )
     return tuple(found)
-
-
-def subprocess_launch(
-    run_limit_s: float, command: Sequence[str] = (sys.executable, "-m", "serve.bench.worker")
-) -> Launch:
-    """Return the launcher that starts ``command`` for each job and stops it after ``run_limit_s``."""
-    root = Path(__file__).resolve().parents[2]  # so that -m finds the package wherever it is installed
-
-    def launch(job: Job) -> Reply:
-        try:
-            done = subprocess.run(
-                list(command),
-                input=json.dumps(to_plain(job)),
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=run_limit_s,
-                cwd=root,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            return _crash(f"the worker had not finished after {run_limit_s:g} seconds")
-        except OSError as error:
-            return _crash(f"the worker could not be started ({error.strerror})")
-        if done.returncode:
-            return _crash(_ending(done.returncode, done.stderr))
-        try:
-            reply: Reply = from_plain(Reply, json.loads(done.stdout))
-        except (ValueError, CusprunError):
-            return _crash(f"the worker answered {done.stdout[:80]!r} where a result was expected")
-        return reply
-
-    return launch
-
-
-def _crash(reason: str) -> Reply:
-    return Reply(fault=Fault("crash", reason))
-
-
-def _ending(code: int, stderr: str) -> str:
-    """Say how a worker ended, with the last line it printed."""
-    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    said = f", saying {lines[-1][:300]!r}" if lines else ""
-    if code >= 0:
-        return f"the worker ended with exit code {code}{said}"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = f"signal {-code}"
-    hint = " (killed from outside, perhaps for want of memory)" if name == "SIGKILL" else ""
-    return f"the worker was ended by {name}{hint}{said}"

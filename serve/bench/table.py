@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from serve.bench.records import METRICS, NO_DIFFERENCE, TOO_FEW_PAIRS, BenchReport, Comparison
+from serve.bench.engines import ENGINES
+from serve.bench.metrics import DECODE_SPEED, FIRST_TOKEN, LATENCIES, LOAD, PEAK_MEMORY, PROMPT_SPEED
+from serve.bench.records import NO_DIFFERENCE, TOO_FEW_PAIRS, Artifact, BenchReport, Comparison, Suite
 
 SUMMARY_METRICS = (
-    "peak_memory_bytes",
-    "load_time_ms",
-    "time_to_first_token_ms",
-    "prompt_tokens_per_second",
-    "decode_tokens_per_second",
-    "inter_token_latency_p50_ms",
-    "inter_token_latency_p99_ms",
-)
-"""What the short table shows; the report holds every metric."""
+    PEAK_MEMORY.name, LOAD.name, FIRST_TOKEN.name, PROMPT_SPEED.name, DECODE_SPEED.name,
+    LATENCIES[0.5].name, LATENCIES[0.99].name,
+)  # fmt: skip
+"""What the short table shows, at every prompt length and depth; the report holds every metric."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +52,7 @@ FORMATS: dict[str, Callable[[float], str]] = {
     "bytes": format_bytes,
     "ms": lambda value: f"{value:.1f} ms" if value < 100 else f"{value:,.0f} ms",
     "tokens/s": lambda value: f"{value:,.1f}" if value < 100 else f"{value:,.0f}",
+    "J/token": lambda value: f"{value:.3f} J",
 }
 
 
@@ -78,56 +76,61 @@ def measured_change(comparison: Comparison) -> str:
     return f"{arrow} {abs(middle):.1f} % ({near:.1f} to {far:.1f}), {comparison.verdict}"
 
 
-def bench_table(report: BenchReport, metrics: tuple[str, ...] = SUMMARY_METRICS) -> Table:
-    """Lay out a report as rows of metric, before, after and change, with notes on how it was measured."""
-    a, b = report.before, report.after
-    rows = [
-        Row(
-            "Parameters",
-            format_count(a.num_parameters),
-            format_count(b.num_parameters),
-            exact_change(a.num_parameters, b.num_parameters, "smaller", "larger"),
-        ),
-        Row(
-            "File size",
-            format_bytes(a.file_bytes),
-            format_bytes(b.file_bytes),
-            exact_change(a.file_bytes, b.file_bytes, "smaller", "larger"),
-        ),
+def bench_table(report: BenchReport, suite: Suite, metrics: tuple[str, ...] = SUMMARY_METRICS) -> Table:
+    """Lay out a suite as rows of metric, before, after and change, with notes on how it was measured.
+
+    ``metrics`` are names without prompt length or depth; all of those that were measured are shown.
+    """
+    rows = _size_rows(suite.before, suite.after)
+    wanted = {name: number for number, name in enumerate(metrics)}
+    shown = [entry for entry in suite.comparisons if _base(entry) in wanted]
+    for entry in sorted(shown, key=lambda entry: wanted[_base(entry)]):
+        text = FORMATS[entry.unit]
+        label = f"{entry.label} ({entry.unit})" if entry.unit == "tokens/s" else entry.label
+        rows.append(Row(label, text(entry.before.median), text(entry.after.median), measured_change(entry)))
+    return Table(tuple(rows), suite_notes(report, suite))
+
+
+def _size_rows(before: Artifact, after: Artifact) -> list[Row]:
+    facts = (
+        ("Parameters", before.num_parameters, after.num_parameters, format_count),
+        ("File size", before.file_bytes, after.file_bytes, format_bytes),
+    )
+    return [
+        Row(name, text(one), text(other), exact_change(one, other, "smaller", "larger"))
+        for name, one, other, text in facts
+        if one and other
     ]
-    known = {metric.name: metric for metric in METRICS}
-    for name in metrics:
-        metric, comparison = known[name], report.comparison(name)
-        shown = FORMATS[metric.unit]
-        label = f"{metric.label} (tokens/s)" if metric.unit == "tokens/s" else metric.label
-        rows.append(
-            Row(
-                label,
-                shown(comparison.before.median),
-                shown(comparison.after.median),
-                measured_change(comparison),
-            )
-        )
-    return Table(tuple(rows), _notes(report))
+
+
+def _base(entry: Comparison) -> str:
+    return entry.metric.partition("@")[0]
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _notes(report: BenchReport) -> tuple[str, ...]:
+def suite_title(suite: Suite) -> str:
+    """Return what was measured in what."""
+    precision = f" ({suite.before.precision})" if suite.before.precision else ""
+    return f"{ENGINES[suite.runtime].label}{precision}"
+
+
+def suite_notes(report: BenchReport, suite: Suite) -> tuple[str, ...]:
+    """Return what a reader must know to trust or repeat a suite."""
+    if suite.failure is not None:
+        return (f"Not measured: {suite.failure}.",)
     options, machine = report.options, report.environment
     notes = [
-        f"Medians over {_count(report.num_pairs, 'pair')} of fresh processes; the change is the median ratio "
-        "of a pair, with its 95 % interval.",
-        f"Prompt of {options.num_prompt_tokens} tokens, then {options.num_decode_tokens} tokens one by one "
-        f"from a context depth of {options.decode_depth}; {machine.num_threads} threads on "
+        f"Medians over {_count(suite.num_pairs, 'pair')} of fresh processes in {suite.library}; the change "
+        f"is the median ratio of a pair, with its 95 % interval. Measured until: {suite.stopped}.",
+        f"{options.num_decode_tokens} tokens decoded one by one; {_count(machine.num_threads, 'thread')} on "
         f"{machine.cpu_model}.",
     ]
-    notes += [
-        f"Lost run: pair {lost.pair + 1}, file {lost.side}, {lost.reason}." for lost in report.lost_runs
-    ]
-    notes += [f"Noisy machine: {sentence}." for sentence in report.noise]
+    notes += [f"{note}." for note in (suite.roofline.notes if suite.roofline else ())]
+    notes += [f"Lost run: pair {lost.pair + 1}, {lost.side}, {lost.reason}." for lost in suite.lost_runs]
+    notes += [f"Noisy machine: {sentence}." for sentence in suite.noise]
     return tuple(notes)
 
 

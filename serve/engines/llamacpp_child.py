@@ -31,6 +31,9 @@ def parameters_of(plain: dict[str, Any]) -> Any:
     parameters.endpoint_metrics = True
     parameters.endpoint_slots = False
     parameters.ui = False
+    # Prompts that have left their slot would be kept in up to 8 GB; a slot still keeps its last one.
+    parameters.cache_ram_mib = 0
+    parameters.cache_idle_slots = False
     if plain["num_threads"]:
         parameters.cpuparams.n_threads = plain["num_threads"]
         parameters.cpuparams_batch.n_threads = plain["num_threads"]

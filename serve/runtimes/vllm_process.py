@@ -10,7 +10,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -143,23 +143,57 @@ class VllmProcess:
             RequestRefused: the server answers with a refusal (status 4xx).
             ModelError: the server fails or is gone.
         """
+        try:
+            with self._open(route, request) as answer:
+                text = answer.read()
+        except OSError as error:
+            raise self._gone(error) from None
+        plain: dict[str, Any] = json.loads(text) if text else {}
+        return plain
+
+    def stream(self, route: str, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """POST a request that asks for a stream, and yield its events as they come.
+
+        Raises:
+            RequestRefused: the server answers with a refusal (status 4xx).
+            ModelError: the server fails or is gone.
+        """
+        try:
+            with self._open(route, request) as answer:
+                for line in answer:
+                    data = line.removeprefix(b"data:").strip()
+                    if not line.startswith(b"data:") or data == b"[DONE]":
+                        continue
+                    event = json.loads(data)
+                    if "error" in event:
+                        reason = _reason_of(data)
+                        raise ModelError(
+                            f"{self._folder}: vLLM failed ({reason}); {self._server.last_words()}"
+                        )
+                    yield event
+        except OSError as error:
+            raise self._gone(error) from None
+
+    def pids(self) -> tuple[int, ...]:
+        """Return the processes of the server and all that it started."""
+        return self._server.pids()
+
+    def _open(self, route: str, request: dict[str, Any] | None) -> Any:
         data = None if request is None else json.dumps(request).encode()
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
         wanted = urllib.request.Request(f"{self._server.url}{route}", data, headers)
         try:
-            with self._server.opener.open(wanted, timeout=_REQUEST_S) as answer:
-                text = answer.read()
+            return self._server.opener.open(wanted, timeout=_REQUEST_S)
         except urllib.error.HTTPError as error:
             reason = _reason_of(error.read())
             if error.code < 500:
                 raise RequestRefused(reason) from None
             raise ModelError(f"{self._folder}: vLLM failed ({reason}); {self._server.last_words()}") from None
-        except OSError as error:
-            raise ModelError(
-                f"{self._folder}: vLLM does not answer any more ({error}); {self._server.last_words()}"
-            ) from None
-        plain: dict[str, Any] = json.loads(text) if text else {}
-        return plain
+
+    def _gone(self, error: OSError) -> ModelError:
+        return ModelError(
+            f"{self._folder}: vLLM does not answer any more ({error}); {self._server.last_words()}"
+        )
 
     def close(self) -> None:
         """End the server and every process that it started."""

@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 
-from serve.bench.records import Measurement, Memory
+from serve.bench.measurement import Measurement, Memory, Timing
 
 
 def _write_tiny_gguf(path: Path, intermediate_size: int = 64) -> int:
@@ -72,19 +72,20 @@ def write_tiny_gguf() -> Callable[..., int]:
 
 @pytest.fixture
 def make_measurement() -> Callable[..., Measurement]:
-    """Return a maker of measurements whose decode latencies are all ``latency_ms``."""
+    """Return a maker of measurements of two points, whose decode latencies are all ``latency_ms``."""
 
     def make(latency_ms: float = 10.0, peak_bytes: int = 1_000_000, **changes: float) -> Measurement:
+        first_s = changes.get("first_ms", 401.0) / 1000
+        timings = tuple(
+            Timing(length, first_s - 0.001, first_s, (latency_ms / 1000,) * 4) for length in (128, 512)
+        )
         return Measurement(
             load_time_ms=changes.get("load_time_ms", 50.0),
-            prefill_ms=changes.get("prefill_ms", 400.0),
-            time_to_first_token_ms=changes.get("time_to_first_token_ms", 401.0),
-            inter_token_latencies_ms=(latency_ms,) * 4,
-            num_prompt_tokens=256,
-            num_parameters=int(changes.get("num_parameters", 1000)),
-            context_length=512,
-            memory=Memory(peak_bytes, peak_bytes, None),
-            runtime="fake",
+            timings=timings,
+            num_parameters=1000,
+            context_length=768,
+            memory=Memory(peak_bytes, peak_bytes, None, None),
+            library="fake 1.0",
         )
 
     return make

@@ -8,18 +8,20 @@ from pathlib import Path
 
 import pytest
 
+from serve.bench.energy import EnergyMeter, machine_meter
 from serve.bench.environment import (
     CpuSeconds,
     count_cores,
     cpu_seconds,
     describe,
     foreign_share,
+    gpu_models,
     physical_cores,
 )
-from serve.bench.memory import parse_kilobyte_field
+from serve.bench.memory import own_memory, parse_kilobyte_field
 
 linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
-SHOW = "from serve.bench.memory import own_memory as m; r = m(); print(r.peak_bytes, r.maxrss_bytes)"
+SHOW = "from serve.bench.memory import own_memory as m, maxrss_bytes as r; p = m().peak_bytes; print(p, r())"
 
 
 def child(source: str) -> tuple[int, int]:
@@ -85,10 +87,72 @@ def test_foreign_share_takes_out_our_own_work_and_stays_in_range() -> None:
 
 
 def test_this_machine_is_described() -> None:
-    found = describe(3, "fake", 0.5)
+    found = describe(3, 0.5)
     assert found.num_threads == 3
     assert found.cpu_model
     assert found.physical_cores == physical_cores() >= 1
     assert found.memory_bytes > 1e8
     assert found.versions["python"] == sys.version.split()[0]
     assert cpu_seconds().busy > 0
+    assert found.usable_cpus is None or found.usable_cpus[0].isdigit()
+
+
+def test_gpus_are_those_that_their_driver_lists(tmp_path: Path) -> None:
+    for number, model in enumerate(("NVIDIA H100 80GB HBM3", "NVIDIA L4")):
+        folder = tmp_path / f"0000:{number:02d}:00.0"
+        folder.mkdir()
+        (folder / "information").write_text(f"Model: \t\t {model}\nIRQ: 5\n")
+    assert gpu_models(tmp_path) == ("NVIDIA H100 80GB HBM3", "NVIDIA L4")
+    assert gpu_models(tmp_path / "none") == ()
+
+
+@linux
+def test_a_mapped_file_is_counted_page_by_page(tmp_path: Path) -> None:
+    """Half of the file is touched; a neighbour with the same beginning of its name is not counted."""
+    import mmap
+
+    page, pages = mmap.PAGESIZE, 64
+    (tmp_path / "model").mkdir()
+    counted, other = tmp_path / "model" / "weights", tmp_path / "model2"
+    for path in (counted, other):
+        path.write_bytes(b"x" * page * pages)
+    with counted.open("rb") as one, other.open("rb") as two:
+        maps = [mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) for file in (one, two)]
+        for mapped in maps:
+            mapped.madvise(mmap.MADV_RANDOM)  # no page is read ahead
+        touched = [maps[0][number * page] for number in range(0, pages, 2)]
+        whole = [maps[1][number * page] for number in range(pages)]
+        found = own_memory(tmp_path / "model").mapped_file_bytes
+        assert len(touched) + len(whole) == pages * 3 // 2
+        assert found is not None
+        assert pages // 2 * page <= found <= pages * page  # the kernel maps neighbours that it has
+        assert own_memory(other).mapped_file_bytes == pages * page
+
+
+def write_zone(folder: Path, name: str, microjoules: int, limit: int) -> Path:
+    zone = folder / name
+    zone.mkdir(exist_ok=True)
+    (zone / "max_energy_range_uj").write_text(str(limit))
+    (zone / "energy_uj").write_text(f"{microjoules}\n")
+    return zone / "energy_uj"
+
+
+def test_energy_adds_up_packages_and_survives_a_counter_that_starts_over(tmp_path: Path) -> None:
+    first = write_zone(tmp_path, "intel-rapl:0", 900_000, 1_000_000)
+    second = write_zone(tmp_path, "intel-rapl:1", 5, 1_000_000)
+    write_zone(tmp_path, "intel-rapl:0:0", 7, 1_000_000)  # the cores, which are in the package
+    meter = machine_meter(tmp_path)
+    assert meter.read() == 0.0
+    first.write_text("200000")  # over the limit and on: 0.3 J
+    second.write_text("500005")
+    assert meter.read() == pytest.approx(0.8)
+    assert meter.read() == pytest.approx(0.8)
+
+
+def test_energy_is_absent_where_nothing_counts_it(tmp_path: Path) -> None:
+    assert EnergyMeter(()).read() is None
+    counter = write_zone(tmp_path, "intel-rapl:0", 3, 10)
+    meter = machine_meter(tmp_path)
+    counter.unlink()
+    assert meter.read() is None
+    assert meter.read() is None

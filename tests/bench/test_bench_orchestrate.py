@@ -7,22 +7,17 @@ from pathlib import Path
 import pytest
 
 from cusprun.codec import dump_json, load_json
-from cusprun.errors import ConfigError, MeasurementError, MissingDependencyError, ModelError
-from serve.bench.orchestrate import bench, noise, subprocess_launch
-from serve.bench.records import (
-    METRICS,
-    NO_DIFFERENCE,
-    TOO_FEW_PAIRS,
-    BenchOptions,
-    BenchReport,
-    Fault,
-    Job,
-    Reply,
-)
+from cusprun.errors import ConfigError, MeasurementError, MissingDependencyError, ModelError, UserError
+from serve.bench.launch import subprocess_launch
+from serve.bench.measurement import Fault, Job, Reply
+from serve.bench.orchestrate import Target, bench, noise
+from serve.bench.records import NO_DIFFERENCE, TOO_FEW_PAIRS, BenchOptions, BenchReport, Suite
+from serve.bench.roofline import Speeds, Work
 from serve.bench.statistics import reduce_run
 from serve.bench.table import bench_table, to_text
 
-JOB = Job("m.gguf", 4, 4, 4, None, 1, 0)
+JOB = Job("llamacpp", "m.gguf", (128, 512), (128, 512), 4, None, 1, 0)
+SPEED = "decode_tokens_per_second@128"
 
 
 @pytest.fixture
@@ -62,8 +57,7 @@ class FakeLaunch:
                 latency_ms=self.latency_ms[name] * noise,
                 peak_bytes=int(1_000_000 * noise),
                 load_time_ms=50 * noise,
-                prefill_ms=400 * noise,
-                time_to_first_token_ms=401 * noise,
+                first_ms=401 * noise,
             )
         )
 
@@ -71,34 +65,38 @@ class FakeLaunch:
 CRASH = Reply(fault=Fault("crash", "the worker was ended by SIGSEGV"))
 
 
-def run(files, launch: FakeLaunch, **options) -> BenchReport:
-    return bench(*files, BenchOptions(num_threads=1, **options), launch=launch, clock=launch.clock)
+def report_of(files, launch: FakeLaunch, runtimes=("llamacpp",), **options) -> BenchReport:
+    targets = [Target(runtime, *files) for runtime in runtimes]
+    return bench(targets, BenchOptions(num_threads=1, **options), launch=launch, clock=launch.clock)
+
+
+def run(files, launch: FakeLaunch, **options) -> Suite:
+    (suite,) = report_of(files, launch, **options).suites
+    return suite
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_file_against_itself_shows_no_difference(files, make_measurement, seed: int) -> None:
     launch = FakeLaunch(make_measurement, {"before": 10.0, "after": 10.0}, noise_seed=seed)
-    report = run(files, launch)
-    for metric in METRICS:
-        found = report.comparison(metric.name)
-        assert found.ratio.low <= 1 <= found.ratio.high
-        assert found.verdict == NO_DIFFERENCE
+    suite = run(files, launch)
+    assert len(suite.comparisons) == 15  # pss, mapped bytes and energy are not counted by the fake
+    assert {entry.verdict for entry in suite.comparisons} == {NO_DIFFERENCE}
 
 
 def test_a_difference_is_found_through_noise(files, make_measurement) -> None:
-    report = run(files, FakeLaunch(make_measurement, {"before": 10.0, "after": 8.0}, noise_seed=0))
-    speed = report.comparison("decode_tokens_per_second")
+    suite = run(files, FakeLaunch(make_measurement, {"before": 10.0, "after": 8.0}, noise_seed=0))
+    speed = suite.comparison(SPEED)
     assert speed.verdict == "faster"
     assert speed.ratio.low < 1.25 < speed.ratio.high
-    assert report.comparison("inter_token_latency_p99_ms").verdict == "faster"
-    assert report.comparison("load_time_ms").verdict == NO_DIFFERENCE
+    assert suite.comparison("inter_token_latency_p99_ms@512").verdict == "faster"
+    assert suite.comparison("load_time_ms").verdict == NO_DIFFERENCE
 
 
 def test_runs_are_interleaved_in_a_seeded_random_order(files, make_measurement) -> None:
     orders = {}
     for seed in (0, 0, 1):
         launch = FakeLaunch(make_measurement, {"before": 10.0, "after": 8.0})
-        run(files, launch, seed=seed)
+        run(files, launch, seed=seed, num_pairs=9)
         pairs = [tuple(launch.order[i : i + 2]) for i in range(0, 18, 2)]
         assert len(launch.order) == 18
         assert all(set(pair) == {"before", "after"} for pair in pairs)
@@ -108,37 +106,54 @@ def test_runs_are_interleaved_in_a_seeded_random_order(files, make_measurement) 
 
 
 def test_facts_of_the_report(files, make_measurement) -> None:
-    report = run(files, FakeLaunch(make_measurement, {"before": 10.0, "after": 8.0}))
-    assert (report.before.file_bytes, report.after.file_bytes) == (2000, 1500)
-    assert report.num_pairs == 9
-    assert report.elapsed_s == 36.0
+    report = report_of(files, FakeLaunch(make_measurement, {"before": 10.0, "after": 8.0}), num_pairs=9)
+    (suite,) = report.suites
+    assert (suite.before.file_bytes, suite.after.file_bytes) == (2000, 1500)
+    assert (suite.before.bits_per_weight, suite.after.bits_per_weight) == (16.0, 12.0)
+    assert suite.num_pairs == 9
+    assert (report.elapsed_s, suite.elapsed_s) == (36.0, 36.0)
     assert report.environment.num_threads == 1
-    assert report.comparison("decode_tokens_per_second").ratio.median == pytest.approx(1.25)
-    assert report.comparison("decode_tokens_per_second").before.median == pytest.approx(100.0)
+    assert suite.comparison(SPEED).ratio.median == pytest.approx(1.25)
+    assert suite.comparison(SPEED).before.median == pytest.approx(100.0)
+    assert suite.stopped == "9 pairs, as asked"
+
+
+def test_steady_runs_stop_at_the_least_pairs_that_can_show_a_difference(files, make_measurement) -> None:
+    """13 metrics are tested, so 2 / 2**n * 13 <= 0.05 from 10 pairs on."""
+    suite = run(files, FakeLaunch(make_measurement, {"before": 10.0, "after": 9.99}))
+    assert suite.num_pairs == 10
+    assert suite.stopped == "the ratios of the speeds are known within 2.0%"
+
+
+def test_noisy_runs_go_on_to_the_limit(files, make_measurement) -> None:
+    suite = run(files, FakeLaunch(make_measurement, {"before": 10.0, "after": 8.0}, 0), precision=1e-4)
+    assert suite.num_pairs == BenchOptions().max_pairs
+    assert suite.stopped == "30 pairs, the most that are made"
 
 
 def test_the_time_limit_stops_before_a_pair_that_would_end_too_late(files, make_measurement) -> None:
     launch = FakeLaunch(make_measurement, {"before": 10.0, "after": 8.0})
-    report = run(files, launch, time_limit_s=13.0)
-    assert report.num_pairs == 3  # pairs take 4 seconds: a fourth would end at 16
+    suite = run(files, launch, time_limit_s=13.0)
+    assert suite.num_pairs == 3  # pairs take 4 seconds: a fourth would end at 16
+    assert suite.stopped == "the time limit of 13 seconds"
     least = run(files, launch, time_limit_s=0.1)
     assert least.num_pairs == 1
-    assert least.comparison("decode_tokens_per_second").verdict == TOO_FEW_PAIRS
+    assert least.comparison(SPEED).verdict == TOO_FEW_PAIRS
 
 
 def test_a_lost_run_is_reported_and_its_pair_measured_again(files, make_measurement) -> None:
     launch = FakeLaunch(make_measurement, {"before": 10.0, "after": 8.0})
     launch.failures = {3: CRASH}
-    report = run(files, launch)
-    (lost,) = report.lost_runs
-    assert report.num_pairs == 9
-    assert len(report.runs) == 18
+    report = report_of(files, launch, num_pairs=9)
+    (suite,) = report.suites
+    (lost,) = suite.lost_runs
+    assert suite.num_pairs == 9
+    assert len(suite.runs) == 18
     assert lost.pair == 1
     assert lost.side == launch.order[3]
     assert "SIGSEGV" in lost.reason
-    assert f"Lost run: pair 2, file {lost.side}, the worker was ended by SIGSEGV" in to_text(
-        bench_table(report)
-    )
+    text = to_text(bench_table(report, suite))
+    assert f"Lost run: pair 2, {lost.side}, the worker was ended by SIGSEGV" in text
 
 
 def test_a_worker_that_keeps_crashing_ends_the_benchmark(files, make_measurement) -> None:
@@ -147,6 +162,17 @@ def test_a_worker_that_keeps_crashing_ends_the_benchmark(files, make_measurement
     with pytest.raises(MeasurementError, match=r"failed 3 times, the last time because .*SIGSEGV"):
         run(files, launch)
     assert len(launch.order) == 3
+
+
+def test_a_runtime_that_fails_leaves_the_others_their_rows(files, make_measurement) -> None:
+    launch = FakeLaunch(make_measurement, {"before": 10.0, "after": 8.0})
+    launch.failures = {0: Reply(fault=Fault("dependency", "onnxruntime-genai is not installed"))}
+    report = report_of(files, launch, ("onnx", "llamacpp"), num_pairs=10)
+    failed, measured = report.suites
+    assert report.failed
+    assert failed.failure == "onnxruntime-genai is not installed"
+    assert bench_table(report, failed).notes == ("Not measured: onnxruntime-genai is not installed.",)
+    assert measured.comparison(SPEED).verdict == "faster"
 
 
 @pytest.mark.parametrize(("kind", "error"), [("model", ModelError), ("dependency", MissingDependencyError)])
@@ -161,34 +187,47 @@ def test_a_fault_that_will_not_go_away_is_raised_at_once(files, make_measurement
 def test_a_missing_file_is_refused_before_any_run(files, tmp_path, make_measurement) -> None:
     launch = FakeLaunch(make_measurement, {})
     with pytest.raises(ModelError, match=r"none\.gguf cannot be read \(No such file or directory\)"):
-        bench(files[0], tmp_path / "none.gguf", launch=launch)
+        bench([Target("llamacpp", files[0], tmp_path / "none.gguf")], launch=launch)
     assert not launch.order
+
+
+def test_an_unknown_runtime_is_refused_with_the_nearest(files) -> None:
+    with pytest.raises(UserError, match="unknown runtime 'lamacpp'; did you mean 'llamacpp'"):
+        bench([Target("lamacpp", *files)])
 
 
 def test_all_wrong_options_are_listed(files) -> None:
     options = BenchOptions(
-        num_prompt_tokens=300, num_decode_tokens=0, context_depth=10, time_limit_s=-1.0, prompt_text=" "
+        prompt_lengths=(), context_depths=(0, 4, 4), num_decode_tokens=0, time_limit_s=-1.0, prompt_text=" "
     )
     with pytest.raises(ConfigError) as caught:
-        bench(*files, options)
-    assert len(caught.value.faults) == 4
+        bench([Target("llamacpp", *files)], options)
+    assert len(caught.value.faults) == 6
 
 
 def test_the_report_survives_json(files, tmp_path, make_measurement) -> None:
     launch = FakeLaunch(make_measurement, {"before": 10.0, "after": 8.0}, noise_seed=0)
     launch.failures = {3: CRASH}
-    report = run(files, launch)
+    works = {side: Work(500 * scale, 10, 100.0, 20.0, 1.0) for scale, side in ((2, "before"), (1, "after"))}
+    report = bench(
+        [Target("llamacpp", *files, "q8_0", works)],
+        BenchOptions(num_threads=1),
+        launch=launch,
+        clock=launch.clock,
+        hardware=lambda sizes, threads: {size: Speeds(1e6, 1e5) for size in sizes},
+    )
     dump_json(report, tmp_path / "report.json")
     assert load_json(BenchReport, tmp_path / "report.json") == report
 
 
 def test_noise_names_busy_neighbours_and_unsteady_runs(make_measurement) -> None:
-    steady = [reduce_run(side, i, make_measurement()) for i in range(6) for side in ("before", "after")]
-    assert noise(0.0, steady) == ()
-    assert "other processes took 34% of the CPU time" in noise(0.34, steady)[0]
-    disturbed = [*steady[:-1], reduce_run("after", 5, make_measurement(latency_ms=50.0))]
-    (sentence,) = noise(0.0, disturbed)
-    assert "of the file after ran from 20.0 to 100.0 tokens/s" in sentence
+    options = BenchOptions()
+    steady = [reduce_run(side, i, make_measurement(), JOB) for i in range(6) for side in ("before", "after")]
+    assert noise(0.0, steady, options) == ()
+    assert "other processes took 34% of the CPU time" in noise(0.34, steady, options)[0]
+    disturbed = [*steady[:-1], reduce_run("after", 5, make_measurement(latency_ms=50.0), JOB)]
+    (sentence,) = noise(0.0, disturbed, options)
+    assert "after pruning ran from 20.0 to 100.0 tokens/s" in sentence
 
 
 def python_launch(source: str, limit_s: float = 60.0):
@@ -221,5 +260,6 @@ def test_a_hanging_worker_is_stopped() -> None:
 
 
 def test_a_crashing_worker_process_ends_in_a_measurement_error(files) -> None:
+    launch = python_launch("import os; os.abort()")
     with pytest.raises(MeasurementError, match="SIGABRT"):
-        bench(*files, BenchOptions(num_threads=1), launch=python_launch("import os; os.abort()"))
+        bench([Target("llamacpp", *files)], BenchOptions(num_threads=1), launch=launch)

@@ -246,12 +246,14 @@ def test_export_verify_inspect_bench(work, cusprun, tiny_models, family) -> None
     assert "ffn" in cusprun("inspect", model).out
     outcome = cusprun(
         "bench", "--before", "a.gguf", "--after", model, "--pairs", "1", "--prompt-tokens", "8",
-        "--decode-tokens", "4", "--quant", "f16", "--json", "bench.json",
+        "--context-depth", "4,8", "--decode-tokens", "4", "--quant", "f16", "--json", "bench.json",
     )  # fmt: skip
     assert outcome.code == 0, outcome
     report = load_json(BenchReport, Path("bench.json"))
-    assert report.before.num_parameters == report.after.num_parameters
-    assert report.before.file_bytes > report.after.file_bytes
+    (suite,) = report.suites
+    assert suite.before.num_parameters == suite.after.num_parameters
+    assert suite.before.file_bytes > suite.after.file_bytes
+    assert suite.before.precision == "f32 before, f16 after"
     assert "Peak memory" in outcome.out
 
 
@@ -287,7 +289,7 @@ out: result
 ratio: 0.3
 targets: [gguf:q8_0]
 exports: [{to: gguf, quant: f32}, {quant: q8_0}]
-bench: {quant: q8_0, num_pairs: 1, num_prompt_tokens: 8, num_decode_tokens: 4}
+bench: {exports: [gguf:q8_0], num_pairs: 1, prompt_lengths: [8], context_depths: [8], num_decode_tokens: 4}
 """
 
 
@@ -304,7 +306,12 @@ def test_run_makes_everything_and_a_second_run_finds_everything(work, cusprun) -
     report = load_json(RunReport, Path("result/results.json"))
     assert report.bench is not None
     assert report.quality is not None
-    assert report.bench.after.num_parameters < report.bench.before.num_parameters
+    (suite,) = report.bench.suites
+    assert suite.before.num_parameters is not None
+    assert suite.after.num_parameters is not None
+    assert suite.after.num_parameters < suite.before.num_parameters
+    assert suite.before.precision == "q8_0"
+    assert suite.roofline is not None
     assert {entry.verdict for entry in report.parity} == {"pass"}
     assert len(report.parity) == 4
     assert "| Parameters |" in Path("result/results.md").read_text()

@@ -7,7 +7,8 @@ from importlib import metadata
 from typing import Any
 
 from cusprun.errors import ModelError
-from serve.bench.records import Job
+from serve.bench.measurement import Job, Timing
+from serve.bench.stepping import Gauges, run_in_steps
 from serve.runtimes.llamacpp import load_library
 
 _BATCH_TOKENS = 512  # llama.cpp's own default for a physical batch
@@ -19,9 +20,10 @@ class LlamaCppEngine:
 
     def __init__(self) -> None:
         self.num_vocabulary = 0
-        self.num_parameters = 0
-        self.context_length = 0
-        self.runtime = ""
+        self.num_parameters: int | None = None
+        self.context_length: int | None = None
+        self.library = ""
+        self.pids: tuple[int, ...] = ()
         self._model: Any = None
         self._context: Any = None
         self._lib, self._errors = load_library()
@@ -38,9 +40,8 @@ class LlamaCppEngine:
         self._model = lib.llama_model_load_from_file(job.path.encode(), model_params)
         if not self._model:
             raise ModelError(f"llama.cpp cannot load {job.path} ({self._reason()}); export or copy it again")
-        needed = job.decode_depth + job.num_decode_tokens
         params = lib.llama_context_default_params()
-        params.n_ctx = -(-needed // _CONTEXT_STEP) * _CONTEXT_STEP
+        params.n_ctx = -(-job.num_context_tokens // _CONTEXT_STEP) * _CONTEXT_STEP
         params.n_batch = params.n_ubatch = min(_BATCH_TOKENS, params.n_ctx)
         params.n_threads = params.n_threads_batch = job.num_threads
         params.no_perf = True
@@ -54,7 +55,7 @@ class LlamaCppEngine:
         self.num_vocabulary = int(lib.llama_vocab_n_tokens(self._vocabulary))
         self.num_parameters = int(lib.llama_model_n_params(self._model))
         self.context_length = int(lib.llama_n_ctx(self._context))
-        self.runtime = (
+        self.library = (
             f"llama.cpp in llama-cpp-python {metadata.version('llama-cpp-python')}: "
             f"{lib.llama_print_system_info().decode(errors='replace').strip()}"
         )
@@ -71,6 +72,10 @@ class LlamaCppEngine:
         if count < 1:
             raise ModelError("the prompt text gives no token with this model's tokenizer; give another text")
         return list(buffer[:count])
+
+    def run(self, prompt: Sequence[int], continuation: Sequence[int], gauges: Gauges) -> Timing:
+        """Read the prompt and go on with the continuation, token by token."""
+        return run_in_steps(self, prompt, continuation, gauges)
 
     def forward(self, tokens: Sequence[int]) -> None:
         """Run the tokens through the model, in batches, and wait for the last one's logits."""
