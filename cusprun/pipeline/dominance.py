@@ -86,22 +86,17 @@ def dominators(candidates: Sequence[Candidate]) -> dict[str, str | None]:
 
     A point counts as dominated where one that is itself undominated dominates it: that one can be chosen
     instead. So a dominated point judges nobody, and some point is always left. Since what noise explains
-    passes for equal, points can dominate one another in a ring; then none of the ring is dominated, unless
-    by a point outside it. Of several judges the first in the order given is named. Names are distinct.
+    passes for equal, points can dominate one another in a ring: they stay, and so does what they alone
+    dominate. Of several judges the first in the order given is named. Names are distinct.
     """
     above = {
         point.name: [other.name for other in candidates if dominates(other, point)] for point in candidates
     }
-    judges: dict[str, str] = {}
     kept: set[str] = set()
-    while True:
-        free = {
-            name for name in above if name not in kept | judges.keys() and judges.keys() >= set(above[name])
-        }
-        if not free:
-            return {name: judges.get(name) for name in above}
+    dominated: set[str] = set()
+    open_ones = set(above)
+    while free := {name for name in open_ones if dominated.issuperset(above[name])}:
         kept |= free
-        for name in above.keys() - kept - judges.keys():
-            judge = next((other for other in above[name] if other in kept), None)
-            if judge is not None:
-                judges[name] = judge
+        dominated |= {name for name in open_ones - free if not kept.isdisjoint(above[name])}
+        open_ones -= kept | dominated
+    return {name: next((other for other in judges if other in kept), None) for name, judges in above.items()}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cusprun.cache import key_of
 from cusprun.errors import CusprunError, ExportError, MeasurementError, OutputError, UserError, require_known
 from cusprun.paths import num_bytes
+from cusprun.pipeline.bench import RUNTIME_OF
 from cusprun.pipeline.calibration import importance_for
 from cusprun.pipeline.curve import SweepReport
 from cusprun.pipeline.curve_folder import SWEEP_JSON, CurveFolder
@@ -22,7 +23,7 @@ from cusprun.pipeline.evaluation import HELD_OUT, by_set
 from cusprun.pipeline.frontier import DocumentSums, FrontierPoint, Speed, SpeedOptions
 from cusprun.pipeline.original import original_likelihoods
 from cusprun.pipeline.proof import RUNTIMES
-from cusprun.pipeline.speed import BENCH_RUNTIMES, MeasureSpeed
+from cusprun.pipeline.speed import MeasureSpeed
 from cusprun.pipeline.stages import OpenModel
 from cusprun.progress import Progress
 from cusprun.recipe import ExportSpec
@@ -258,7 +259,7 @@ class Exporter:
             raise MeasurementError(
                 f"the original has no export to compare the speed with ({error})"
             ) from None
-        return self.measure(before, artifact, BENCH_RUNTIMES[spec.to], options, self.progress)
+        return self.measure(before, artifact, RUNTIME_OF[spec.to], options, self.progress)
 
     def _reason(self, error: Exception) -> str:
         """Return an error in one line, without the folders of whoever runs the sweep."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,9 +12,6 @@ from cusprun.progress import SILENT, Progress
 
 if TYPE_CHECKING:
     from serve.bench.records import Environment, Suite
-
-BENCH_RUNTIMES: Mapping[str, str] = {"gguf": "llamacpp", "onnx": "onnx", "vllm": "vllm"}
-"""What the benchmark runs each export format in."""
 
 MeasureSpeed = Callable[[Path, Path, str, SpeedOptions, Progress], Speed]
 """Measures ``after`` beside ``before`` in a runtime of the benchmark; :func:`measure_speed` is one."""

@@ -346,6 +346,17 @@ def test_a_missing_runtime_is_refused_before_any_work(work, cusprun, monkeypatch
     assert not Path("cache").exists()
 
 
+@pytest.mark.slow
+def test_the_whole_command_with_the_real_benchmark(work, cusprun) -> None:
+    outcome = cusprun(*SWEEP, "--ratios", "0.3", "--export", "gguf:q8_0,onnx:int4", "--time-limit", "5")
+    assert outcome.code == 0, outcome
+    for point in report_of("curve").frontier:
+        assert point.speed is not None
+        assert point.speed.decode_tokens_per_second.median > 0
+        assert point.speed.peak_memory_bytes > point.file_bytes
+    assert names("curve") == FILES
+
+
 @pytest.mark.vllm
 def test_an_export_for_vllm_is_measured_in_vllm(work, monkeypatch) -> None:
     """One server is started: that of the original is left out, which takes as long again."""

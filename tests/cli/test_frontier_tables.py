@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from cusprun.errors import MeasurementError
 from cusprun.pipeline.frontier import SpeedOptions
 from cusprun.pipeline.frontier_tables import _stairs
-from cusprun.pipeline.speed import BENCH_RUNTIMES, speed_of
-from exporters.registry import FORMATS
+from cusprun.pipeline.speed import measure_speed, speed_of
 from serve.bench.records import Interval
 
 PLACES = st.lists(st.tuples(st.integers(0, 6).map(float), st.integers(0, 6).map(float)), min_size=1)
@@ -68,5 +67,20 @@ def test_a_failed_suite_is_a_failed_measurement() -> None:
         speed_of(suite, None, SpeedOptions())
 
 
-def test_every_format_has_a_runtime_of_the_benchmark() -> None:
-    assert set(BENCH_RUNTIMES) == set(FORMATS)
+def test_a_speed_is_the_benchmark_s(tiny_models, tmp_path) -> None:
+    """The real one, in as few runs as it takes."""
+    pytest.importorskip("llama_cpp")
+    from exporters.gguf import export
+
+    paths = [
+        export(tiny_models / "llama", tmp_path / f"{quant}.gguf", quant=quant) for quant in ("f32", "q8_0")
+    ]
+    options = SpeedOptions(prompt_tokens=16, context_depth=8, decode_tokens=4, num_pairs=1, num_threads=1)
+    speed = measure_speed(*paths, "llamacpp", options)
+    assert speed.num_pairs == 1
+    assert speed.too_few_pairs
+    assert "llama" in speed.library
+    assert speed.machine.endswith("1 threads")
+    for interval in (speed.decode_tokens_per_second, speed.prompt_tokens_per_second, speed.decode_ratio):
+        assert 0 < interval.low <= interval.median <= interval.high
+    assert speed.peak_memory_bytes > paths[1].stat().st_size
