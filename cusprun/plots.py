@@ -7,7 +7,7 @@ so that nothing is kept between two pictures.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,18 @@ _STYLES = ("-", "--", "-.")
 _COLOURS = 10
 """Colours of matplotlib's own cycle; with the styles, thirty lines can be told apart."""
 
+JOINED, OUTLINE, POINTS, MUTED = "joined", "outline", "points", "muted"
+"""How a line looks: a curve; stairs behind points; points alone; points that nobody should choose."""
+
+_LOOKS: Mapping[str, Mapping[str, Any]] = {
+    JOINED: {},
+    OUTLINE: {"color": "0.5", "linewidth": 1.0, "marker": ""},
+    POINTS: {"color": "C0", "linestyle": "", "marker": "o"},
+    MUTED: {"color": "0.5", "linestyle": "", "marker": "x", "markersize": 4.0},
+}
+_TEXT_OFFSET_POINTS = (4, 4)
+_TEXT_MARGIN = 0.15  # of the width, for the text at the last point
+
 _PANEL_INCHES = (6.0, 3.4)
 _LEGEND_ROW_INCHES = 0.22
 _DOTS_PER_INCH = 120
@@ -31,7 +43,11 @@ _DOTS_PER_INCH = 120
 
 @dataclass(frozen=True)
 class Line:
-    """One curve; ``low`` and ``high`` shade its interval, ``reference`` lines are thin, black and dotted."""
+    """One curve; ``low`` and ``high`` shade its interval, ``reference`` lines are thin, black and dotted.
+
+    ``look`` is one of ``JOINED``, ``OUTLINE``, ``POINTS`` and ``MUTED``; ``texts`` stand beside its points.
+    The intervals of points alone are bars.
+    """
 
     label: str
     x: tuple[float, ...]
@@ -39,6 +55,8 @@ class Line:
     low: tuple[float, ...] = ()
     high: tuple[float, ...] = ()
     reference: bool = False
+    look: str = JOINED
+    texts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,17 +134,20 @@ def _draw_panel(axes: Axes, panel: Panel, labels: Sequence[str], handles: dict[s
         number = labels.index(line.label)
         colour = "black" if line.reference else f"C{number % _COLOURS}"
         style = ":" if line.reference else _STYLES[number // _COLOURS % len(_STYLES)]
-        (handle,) = axes.plot(
-            line.x,
-            line.y,
-            color=colour,
-            linestyle=style,
-            linewidth=1.2,
-            marker="o" if panel.dots and not line.reference else "",
-        )
+        drawn: dict[str, Any] = {
+            "color": colour,
+            "linestyle": style,
+            "linewidth": 1.2,
+            "marker": "o" if panel.dots and not line.reference else "",
+            **_LOOKS[line.look],
+        }
+        (handle,) = axes.plot(line.x, line.y, **drawn)
         handles.setdefault(line.label, handle)
-        if line.low:
+        if line.low and line.look == JOINED:
             axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
+        elif line.low:
+            axes.vlines(line.x, line.low, line.high, color=drawn["color"], linewidth=0.8)
+        _write_texts(axes, line, drawn["color"])
     axes.set_title(panel.title, fontsize="medium")
     axes.set_xlabel(panel.x_label)
     axes.set_ylabel(panel.y_label)
@@ -135,3 +156,17 @@ def _draw_panel(axes: Axes, panel: Panel, labels: Sequence[str], handles: dict[s
     if panel.limits is not None:
         axes.set_ylim(*panel.limits)
     axes.grid(alpha=0.3)
+
+
+def _write_texts(axes: Axes, line: Line, colour: str) -> None:
+    if line.texts:
+        axes.margins(x=_TEXT_MARGIN)
+    for x, y, text in zip(line.x, line.y, line.texts, strict=False):  # lines mostly have none
+        axes.annotate(
+            text,
+            (x, y),
+            xytext=_TEXT_OFFSET_POINTS,
+            textcoords="offset points",
+            fontsize="xx-small",
+            color=colour,
+        )
