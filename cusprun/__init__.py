@@ -13,7 +13,8 @@ file inside an installed Python package.
 ``export``          a Hugging Face folder to GGUF, ONNX or a folder for vLLM, proven equal
 ``verify``          the proof alone, for exports that exist
 ``evaluate``        perplexity and agreement on held-out documents, and scores on tasks
-``bench``           latency, speed and memory of two models side by side
+``bench``           latency, speed, memory and energy of two models side by side
+``load_test``       latency, throughput and goodput of endpoints under load
 ``overlap``         how much the irrelevant sets of languages, domains and tasks share
 ``sweep``           the size/quality curve of a model and an expert
 ``serve``           an artifact behind OpenAI's interface, on the engine that suits it
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from cusprun.pipeline.artifacts import export as export
     from cusprun.pipeline.bench import bench as bench
     from cusprun.pipeline.evaluation import evaluate as evaluate
+    from cusprun.pipeline.load_test import load_test as load_test
     from cusprun.pipeline.models import import_gguf as import_gguf
     from cusprun.pipeline.models import inspect as inspect
     from cusprun.pipeline.overlap import overlap as overlap
@@ -60,6 +62,7 @@ _FUNCTIONS = {
     "export": "cusprun.pipeline.artifacts",
     "verify": "cusprun.pipeline.proof",
     "bench": "cusprun.pipeline.bench",
+    "load_test": "cusprun.pipeline.load_test",
     "evaluate": "cusprun.pipeline.evaluation",
     "overlap": "cusprun.pipeline.overlap",
     "serve": "cusprun.pipeline.serving",
@@ -81,6 +84,7 @@ __all__ = [
     "export",
     "import_gguf",
     "inspect",
+    "load_test",
     "overlap",
     "plan",
     "prune",

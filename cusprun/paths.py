@@ -47,6 +47,12 @@ def expand_home(path: str | os.PathLike[str]) -> Path:
         return Path(path)
 
 
+def num_bytes(path: Path) -> int:
+    """Return the bytes of a file, or of all files in a folder."""
+    files = [path] if path.is_file() else path.rglob("*")
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
 def is_gguf(path: Path) -> bool:
     """Tell whether a file is GGUF, by its name or its first bytes.
 

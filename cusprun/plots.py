@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from cusprun.errors import MissingDependencyError, UserError
+from cusprun.panels import BARRED, JOINED, MUTED, OUTLINE, POINTS, AnyPanel, Forest, Heat, Line, Panel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,6 +28,16 @@ _STYLES = ("-", "--", "-.")
 _COLOURS = 10
 """Colours of matplotlib's own cycle; with the styles, thirty lines can be told apart."""
 
+_LOOKS: Mapping[str, Mapping[str, Any]] = {
+    JOINED: {},
+    BARRED: {"linestyle": "-"},
+    OUTLINE: {"color": "0.5", "linewidth": 1.0, "marker": ""},
+    POINTS: {"color": "C0", "linestyle": "", "marker": "o"},
+    MUTED: {"color": "0.5", "linestyle": "", "marker": "x", "markersize": 4.0},
+}
+_TEXT_OFFSET_POINTS = (4, 4)
+_TEXT_MARGIN = 0.15  # of the width, for the text at the last point
+
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 """With error bars, lines differ by marker too, so that no line is known by its colour alone."""
 
@@ -37,81 +48,6 @@ _ROW_INCHES = 0.27
 _DOTS_PER_INCH = 120
 _HEAT_STEPS = 20
 _NARROW = 6.0  # between the ends of a logarithmic axis: powers of ten would leave it almost without ticks
-
-
-@dataclass(frozen=True)
-class Line:
-    """One curve; ``low`` and ``high`` shade its interval, or with ``bars`` end an error bar at each point.
-
-    ``reference`` lines are thin, dotted and in the colour of the text.
-    """
-
-    label: str
-    x: tuple[float, ...]
-    y: tuple[float, ...]
-    low: tuple[float, ...] = ()
-    high: tuple[float, ...] = ()
-    reference: bool = False
-    bars: bool = False
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One diagram of lines; ``limits`` bound its vertical axis, ``logarithmic`` scales it.
-
-    ``ticks`` are labels of the horizontal axis at 0, 1, 2 and so on, where its values are names.
-    """
-
-    title: str
-    x_label: str
-    y_label: str
-    lines: tuple[Line, ...]
-    limits: tuple[float, float] | None = None
-    logarithmic: bool = False
-    dots: bool = False
-    ticks: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Mark:
-    """One row of a forest: a value with its interval, filled where ``shown``, else hollow."""
-
-    label: str
-    value: float
-    low: float
-    high: float
-    shown: bool = True
-
-
-@dataclass(frozen=True)
-class Forest:
-    """Values with intervals one below the other, against the value ``reference``."""
-
-    title: str
-    x_label: str
-    marks: tuple[Mark, ...]
-    reference: float = 1.0
-    logarithmic: bool = False
-    from_zero: bool = False
-
-
-@dataclass(frozen=True)
-class Heat:
-    """Shares from 0 to 1, a row for each layer, the first at the top; ``row_labels`` name the rows.
-
-    The columns are ``columns`` units wide together, as the horizontal axis counts them.
-    """
-
-    title: str
-    x_label: str
-    y_label: str
-    scale_label: str
-    values: tuple[tuple[float, ...], ...]
-    columns: int
-    row_labels: tuple[str, ...] = ()
-
-
-AnyPanel: TypeAlias = Panel | Forest | Heat
 
 
 @dataclass(frozen=True)
@@ -261,22 +197,25 @@ def _draw_lines(axes: Axes, panel: Panel, pen: _Pen) -> None:
     for line in panel.lines:
         number = pen.labels.index(line.label)
         colour = mpl.rcParams["text.color"] if line.reference else f"C{number % pen.colours}"
-        turn = 0 if line.bars else number if pen.apart else number // pen.colours
-        style = ":" if line.reference else _STYLES[turn % len(_STYLES)]
-        marker = _MARKERS[number % len(_MARKERS)] if line.bars else "o"
-        (handle,) = axes.plot(
-            line.x,
-            line.y,
-            color=colour,
-            linestyle=style,
-            linewidth=1.2,
-            marker=marker if panel.dots and not line.reference else "",
-        )
+        turn = number if pen.apart else number // pen.colours
+        marker = _MARKERS[number % len(_MARKERS)] if line.look == BARRED else "o"
+        drawn: dict[str, Any] = {
+            "color": colour,
+            "linestyle": ":" if line.reference else _STYLES[turn % len(_STYLES)],
+            "linewidth": 1.2,
+            "marker": marker if panel.dots and not line.reference else "",
+            **_LOOKS[line.look],
+        }
+        (handle,) = axes.plot(line.x, line.y, **drawn)
         pen.handles.setdefault(_printable(line.label), handle)
-        if line.low and line.bars:
-            axes.errorbar(line.x, line.y, _arms(line), fmt="none", ecolor=colour, capsize=4, elinewidth=1.2)
-        elif line.low:
+        if line.low and line.look == JOINED:
             axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
+        elif line.low:
+            caps = 4 if line.look == BARRED else 0
+            axes.errorbar(
+                line.x, line.y, _arms(line), fmt="none", ecolor=drawn["color"], elinewidth=0.9, capsize=caps
+            )
+        _write_texts(axes, line, drawn["color"])
     _name(axes, panel.title, panel.x_label, panel.y_label)
     if panel.logarithmic:
         axes.set_yscale("log")
@@ -295,11 +234,25 @@ def _arms(line: Line) -> list[list[float]]:
     return [below, above]
 
 
+def _write_texts(axes: Axes, line: Line, colour: str) -> None:
+    if line.texts:
+        axes.margins(x=_TEXT_MARGIN)
+    for x, y, text in zip(line.x, line.y, line.texts, strict=False):  # lines mostly have none
+        axes.annotate(
+            _printable(text),
+            (x, y),
+            xytext=_TEXT_OFFSET_POINTS,
+            textcoords="offset points",
+            fontsize="xx-small",
+            color=colour,
+        )
+
+
 def _draw_forest(axes: Axes, panel: Forest, _pen: _Pen) -> None:
     import matplotlib as mpl
 
     for row, mark in enumerate(panel.marks):
-        colour = "C1" if mark.shown else "C0"
+        colour = "C0" if mark.shown else "0.5"
         axes.plot((mark.low, mark.high), (row, row), color=colour, linewidth=2, solid_capstyle="butt")
         filling = colour if mark.shown else "none"
         axes.plot(

@@ -41,7 +41,8 @@ ARROWS: dict[str, set[str]] = {
     "cusprun.diagnosis": BASE,
     "cusprun.cache": BASE | {"cusprun.checkpoint.output"},
     "cusprun.hub": BASE,
-    "cusprun.plots": BASE,
+    "cusprun.panels": set(),
+    "cusprun.plots": BASE | {"cusprun.panels"},
     "cusprun.resolve": BASE | {"cusprun.cache", "cusprun.checkpoint", "cusprun.hub"},
     "cusprun.recipe": EVERYTHING,
     "cusprun.pipeline": EVERYTHING,
@@ -60,7 +61,7 @@ ARROWS: dict[str, set[str]] = {
     | {"serve.api", "serve.child_server", "serve.front", "serve.onnx_server", "serve.runtimes"},
     "serve.side_by_side": {"serve.front"},
     "serve.bench": BASE | {"serve.runtimes"},
-    "serve.report": BASE | {"cusprun.plots"},
+    "serve.report": BASE | {"cusprun.panels", "cusprun.plots"},
     "serve": set(),
 }
 """What each room may import, itself apart; a name stands for all that is below it."""

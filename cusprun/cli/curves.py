@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -26,6 +27,9 @@ from cusprun.cli.options import (
     write_json,
 )
 from cusprun.walk.device import DEFAULT_DEVICE
+
+if TYPE_CHECKING:
+    from cusprun.pipeline.frontier import SpeedOptions
 
 
 def register(app: typer.Typer) -> None:
@@ -80,13 +84,30 @@ def sweep(
     refit: Refit = True,
     weight: Weights = None,
     refit_target: RefitTarget = None,
-    keep: Annotated[bool, typer.Option("--keep", help="Keep every expert in the folder.")] = False,
+    export: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FORMAT:PRECISION",
+            help="Also export the original and every expert, like gguf:q4_k_m, onnx:int4 or vllm:bfloat16, "
+            "and measure size, speed and quality of each; repeat or separate by commas.",
+            show_default=False,
+        ),
+    ] = None,
+    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Measure the speed of exports.")] = True,
+    time_limit: Annotated[
+        float | None,
+        typer.Option(help="Seconds for the speed of one export; 60 unless given.", show_default=False),
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep every expert and export in the folder.")] = False,
     device: DeviceName = DEFAULT_DEVICE,
 ) -> None:
-    """Show how quality falls with size: score once, then make and measure an expert of each ratio."""
+    """Show how quality falls with size, and with --export which sizes and precisions are worth their cost."""
     from cusprun.cli.tables import sweep_tables
+    from cusprun.errors import MeasurementError
     from cusprun.pipeline.sweep import sweep as run
 
+    exports = split_list(export)
+    options = speed_options(exports, speed, time_limit)
     report = run(
         model,
         expert,
@@ -98,6 +119,8 @@ def sweep(
         refit=refit,
         dimension_weights=parse_weights(weight),
         refit_target=refit_target,
+        exports=exports,
+        speed=options,
         keep=keep,
         device=device,
         progress=ConsoleProgress(),
@@ -106,6 +129,25 @@ def sweep(
     for table in sweep_tables(report):
         console.print(table)
     typer.echo(f"wrote {out}")
+    if report.failures:
+        names = ", ".join(point.name for point in report.failures)
+        raise MeasurementError(
+            f"{len(report.failures)} of {len(report.frontier)} exports failed ({names}), the others are "
+            f"measured; {out / 'sweep.md'} says why, and the same command tries these again"
+        )
+
+
+def speed_options(exports: Sequence[str], speed: bool, time_limit: float | None) -> SpeedOptions | None:
+    """Return how speeds are to be measured, None for not; ``UserError`` for a limit of nothing."""
+    from cusprun.errors import UserError
+    from cusprun.pipeline.frontier import SpeedOptions
+
+    if time_limit is not None and not (exports and speed):
+        what = "the speed is not to be measured" if exports else "none are asked for"
+        raise UserError(f"--time-limit is for the speed of exports, and {what}; leave it out")
+    if not speed:
+        return None
+    return SpeedOptions() if time_limit is None else SpeedOptions(time_limit_s=time_limit)
 
 
 def parse_ratios(values: list[str]) -> tuple[float, ...]:

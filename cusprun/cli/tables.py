@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
@@ -31,16 +31,24 @@ _SHAPE_LABELS = {
 }
 
 
-def make_table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """Return a table with text to the left in the first and last column, numbers to the right between."""
+def make_table(
+    title: str | None,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    dimmed: Collection[int] = (),
+) -> Table:
+    """Return a table with text to the left in the first and last column, numbers to the right between.
+
+    Rows whose numbers, from 0, are in ``dimmed`` are grey where the terminal has colours.
+    """
     # Text, as names are the user's, and rich would read square brackets in them as its markup.
     heading = None if title is None else Text(title, style="bold")
     table = Table(title=heading, title_justify="left")
     for position, column in enumerate(columns):
         inner = 0 < position < len(columns) - 1
         table.add_column(Text(column), justify="right" if inner else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+    for number, row in enumerate(rows):
+        table.add_row(*(Text(cell) for cell in row), style="dim" if number in dimmed else None)
     return table
 
 
@@ -347,3 +355,23 @@ def sweep_tables(report: SweepReport) -> Iterator[RenderableType]:
         ((curve.ratio_label(point), *curve.quality_cells(point)) for point in rows),
     )
     yield from (Text(note) for note in curve.curve_notes(report))
+    if report.frontier:
+        yield from _frontier_tables(report)
+
+
+def _frontier_tables(report: SweepReport) -> Iterator[RenderableType]:
+    """Lay out what each size costs and gives in each export; what nobody should choose is grey."""
+    from cusprun.pipeline import frontier_tables as frontier
+
+    points = report.frontier
+    yield make_table(
+        "Exports",
+        frontier.frontier_columns(report, with_speed=False),
+        (frontier.frontier_cells(report, point, with_speed=False) for point in points),
+        dimmed=[number for number, point in enumerate(points) if frontier.is_greyed(point)],
+    )
+    kinds = (frontier.DECODE, frontier.PROMPT)
+    speeds = list(frontier.speed_rows(report, kinds))
+    if speeds:
+        yield make_table(None, frontier.speed_columns(kinds), speeds)
+    yield from (Text(note) for note in frontier.frontier_notes(report))

@@ -5,27 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from cusprun.plots import Line, Panel
-from cusprun.quality.report import CONFIDENCE, RESAMPLES, CorpusQuality, Estimate
+from cusprun.panels import Line, Panel
+from cusprun.pipeline.curve_quality import CurveQuality
+from cusprun.pipeline.frontier import FrontierPoint, SpeedOptions
+from cusprun.quality.report import CONFIDENCE, RESAMPLES, Estimate
 from cusprun.records import Shape
 
-_LOGARITHMIC_ABOVE = 3.0
+LOGARITHMIC_ABOVE = 3.0
 """Times the original's perplexity from which a linear axis would hide the good end of the curve."""
-
-
-@dataclass(frozen=True)
-class CurveQuality:
-    """One model on one set of documents; ``perplexity_ratio`` is to the original's, None for itself."""
-
-    documents: int
-    predicted_tokens: int
-    perplexity: Estimate
-    perplexity_ratio: Estimate | None = None
-
-    @classmethod
-    def of(cls, quality: CorpusQuality) -> CurveQuality:
-        """Take from a row what can be known without running both models side by side."""
-        return cls(quality.documents, quality.predicted_tokens, quality.perplexity, quality.perplexity_ratio)
 
 
 @dataclass(frozen=True)
@@ -51,9 +38,10 @@ class SweepReport:
     """``sweep.json``: one model and expert at several sizes, ascending by ratio.
 
     ``inputs_hash`` stands for everything that the curve was made from, so that with a ratio it stands for a
-    point. ``device`` is the kind that models ran on, ``cpu`` or ``cuda``; ``refit_target`` what the
-    refit aims at. ``original`` is the point at ratio
-    0. Intervals are bootstrap intervals over documents, and those of ratios are paired: original and expert
+    point. ``device`` is the kind that models ran on, ``cpu`` or ``cuda``; ``refit_target`` what the refit
+    aims at. ``original`` is the point at ratio 0. ``frontier`` is every size in every export that was asked
+    for, the original among them, and ``speed_options`` how their speeds were measured, None where they were
+    not. Intervals are bootstrap intervals over documents, and those of ratios are paired: original and expert
     see the same draws.
     """
 
@@ -79,11 +67,18 @@ class SweepReport:
     seed: int = 0
     device: str = "cpu"
     refit_target: str = "output"
+    frontier: tuple[FrontierPoint, ...] = ()
+    speed_options: SpeedOptions | None = None
     schema_version: int = 1
 
     def rows(self) -> tuple[CurvePoint, ...]:
         """Return the original and then every size."""
         return (self.original, *self.points)
+
+    @property
+    def failures(self) -> tuple[FrontierPoint, ...]:
+        """The exports that could not be made or measured."""
+        return tuple(point for point in self.frontier if point.failure is not None)
 
 
 def size_columns() -> tuple[str, ...]:
@@ -180,7 +175,7 @@ def curve_panels(report: SweepReport) -> tuple[Panel, ...]:
             x_label=label,
             y_label="perplexity ÷ original",
             lines=tuple(_line(name, x, report) for name in report.original.corpora),
-            logarithmic=highest > _LOGARITHMIC_ABOVE,
+            logarithmic=highest > LOGARITHMIC_ABOVE,
             dots=True,
         )
         for label, x in axes

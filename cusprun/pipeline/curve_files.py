@@ -1,4 +1,4 @@
-"""A curve's files for people: the table and, where matplotlib is installed, the picture."""
+"""A curve's files for people: the tables and, where matplotlib is installed, the pictures."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from pathlib import Path
 
 from cusprun.errors import MissingDependencyError
 from cusprun.pipeline.curve import SweepReport, curve_panels, to_markdown
+from cusprun.pipeline.frontier_tables import frontier_markdown, frontier_panels
 
 log = logging.getLogger(__name__)
 
-SWEEP_MARKDOWN, SWEEP_PICTURE = "sweep.md", "sweep.png"
+SWEEP_MARKDOWN, SWEEP_PICTURE, FRONTIER_PICTURE = "sweep.md", "sweep.png", "frontier.png"
+FILES_FOR_PEOPLE = (SWEEP_MARKDOWN, SWEEP_PICTURE, FRONTIER_PICTURE)
 
 
 def write_tables(report: SweepReport, folder: Path) -> None:
@@ -21,12 +23,16 @@ def write_tables(report: SweepReport, folder: Path) -> None:
     from cusprun.plots import draw
 
     with _replaced(folder / SWEEP_MARKDOWN) as partial:
-        partial.write_text(to_markdown(report), encoding="utf-8")
-    try:
-        with _replaced(folder / SWEEP_PICTURE) as partial:
-            draw(curve_panels(report), partial, f"{report.model} → {report.expert}", "png")
-    except MissingDependencyError as missing:
-        log.info("note: no %s was drawn; %s", SWEEP_PICTURE, missing)
+        partial.write_text(to_markdown(report) + frontier_markdown(report), encoding="utf-8")
+    pictures = {SWEEP_PICTURE: curve_panels(report), FRONTIER_PICTURE: frontier_panels(report)}
+    for name, panels in pictures.items():
+        if not panels:
+            continue
+        try:
+            with _replaced(folder / name) as partial:
+                draw(panels, partial, f"{report.model} → {report.expert}", "png")
+        except MissingDependencyError as missing:
+            log.info("note: no %s was drawn; %s", name, missing)
 
 
 @contextmanager

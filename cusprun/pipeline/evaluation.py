@@ -170,10 +170,10 @@ def measure(
     ]
     # A comparison runs the reference anyway, so its own row needs no pass of its own.
     first = measured[0] if reference is None else [_reference_part(found) for found in measured[0]]
-    base = _by_set(sets, first)
+    base = by_set(sets, first)
     rows = [{name: corpus_quality(found) for name, found in base.items()}]
     for likelihoods in measured if reference is not None else ():
-        groups = _by_set(sets, likelihoods)
+        groups = by_set(sets, likelihoods)
         rows.append({name: corpus_quality(found, base[name]) for name, found in groups.items()})
     return EvalReport(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -196,9 +196,10 @@ def _reference_part(found: DocumentLikelihood) -> DocumentLikelihood:
     )
 
 
-def _by_set(
+def by_set(
     sets: Mapping[str, tuple[TokenizedDocument, ...]], likelihoods: Sequence[DocumentLikelihood]
 ) -> dict[str, Sequence[DocumentLikelihood]]:
+    """Return the likelihoods of each of ``sets``; they are of its documents, set after set."""
     found, start = {}, 0
     for name, group in sets.items():
         found[name] = likelihoods[start : start + len(group)]

@@ -18,7 +18,7 @@ from cusprun.version import __version__
 if TYPE_CHECKING:
     import torch
 
-    from cusprun.plots import Line, Panel
+    from cusprun.panels import Line, Panel
     from cusprun.pruning.overlap import ComparedDimension, KindOverlap, OverlapReport
     from cusprun.pruning.store import ImpactStore
 
@@ -204,7 +204,7 @@ def _title(report: OverlapReport) -> str:
 
 def panels(report: OverlapReport) -> tuple[Panel, ...]:
     """Return one panel for each kind of unit: the overlap of each pair over the blocks, and chance."""
-    from cusprun.plots import Panel
+    from cusprun.panels import Panel
 
     return tuple(
         Panel(
@@ -220,7 +220,7 @@ def panels(report: OverlapReport) -> tuple[Panel, ...]:
 
 
 def _lines(report: OverlapReport, kind: KindOverlap) -> list[Line]:
-    from cusprun.plots import Line
+    from cusprun.panels import Line
 
     last = float(max(report.num_hidden_layers - 1, 1))
     whole = kind.layers[0].layer is None

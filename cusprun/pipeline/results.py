@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
+from cusprun.paths import num_bytes
 from cusprun.pipeline.samples import SampleAnswer
 from cusprun.quality.report import CorpusQuality, EvalReport
 from cusprun.records import Manifest
@@ -76,7 +77,7 @@ def run_report(
 ) -> RunReport:
     """Put the parts together; ``artifacts`` maps format and precision to ``original`` and ``expert``."""
     files = tuple(
-        ArtifactFile(side, quant, path.name, _num_bytes(path), to)
+        ArtifactFile(side, quant, path.name, num_bytes(path), to)
         for (to, quant), paths in artifacts.items()
         for side, path in zip(("before", "after"), paths.values(), strict=True)
     )
@@ -97,11 +98,6 @@ def run_report(
         prune_seconds=manifest.seconds,
         samples=samples,
     )
-
-
-def _num_bytes(artifact: Path) -> int:
-    files = [artifact] if artifact.is_file() else artifact.rglob("*")
-    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def to_markdown(report: RunReport) -> str:

@@ -3,52 +3,34 @@
 from __future__ import annotations
 
 import logging
-import os
-import platform
-import re
 import shutil
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
-from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from cusprun.cache import key_of, remove_leftovers
-from cusprun.codec import dump_json, load_json
+from cusprun.codec import dump_json
 from cusprun.errors import OutputError, PlanError, UserError, require_list
 from cusprun.paths import expand_home
-from cusprun.pipeline.curve import CurvePoint, CurveQuality, SweepReport
-from cusprun.pipeline.curve_files import SWEEP_MARKDOWN, SWEEP_PICTURE, write_tables
+from cusprun.pipeline.curve import CurvePoint, SweepReport
+from cusprun.pipeline.curve_files import write_tables
+from cusprun.pipeline.curve_folder import SWEEP_JSON, CurveFolder
+from cusprun.pipeline.curve_quality import qualities
+from cusprun.pipeline.curve_start import blank_report
 from cusprun.pipeline.evaluation import measured_sets
+from cusprun.pipeline.frontier import FrontierPoint, SpeedOptions, merged
+from cusprun.pipeline.frontier_points import Exporter, Size, parse_exports, require_runtimes
 from cusprun.pipeline.original import original_likelihoods
+from cusprun.pipeline.speed import MeasureSpeed, measure_speed
 from cusprun.pipeline.stages import OpenModel, as_expert, corpora_of, open_model, prune_opened, scored
 from cusprun.pipeline.wishes import PruneWishes, texts_of
 from cusprun.progress import SILENT, Progress
 from cusprun.records import Corpora, Expert, Plan, TokenizedDocument
 from cusprun.resolve import StrPath
-from cusprun.version import __version__
 from cusprun.walk.device import DEFAULT_DEVICE, open_device
 
-if TYPE_CHECKING:
-    from cusprun.quality.likelihood import DocumentLikelihood
-
 log = logging.getLogger(__name__)
-
-SWEEP_JSON = "sweep.json"
-_WORK = "work"
-_PARTIAL = re.compile(r"\..+\.partial-\d+")
-"""What a sweep at work names its unfinished files."""
-_VERSIONED = ("torch", "transformers", "numpy")
-_SHARED = (
-    "cusprun_version", "model_hash", "expert", "corpus_hash", "rule", "targets", "units", "refit",
-    "dimension_weights", "refit_target", "device",
-)  # fmt: skip
-"""What the points of one curve must share, by the names of the report's fields."""
 
 
 def sweep(
@@ -63,6 +45,9 @@ def sweep(
     refit: bool = True,
     dimension_weights: Mapping[str, float] | None = None,
     refit_target: str | None = None,
+    exports: Sequence[str] = (),
+    speed: SpeedOptions | None = SpeedOptions(),  # noqa: B008 - frozen
+    measure: MeasureSpeed = measure_speed,
     keep: bool = False,
     device: str = DEFAULT_DEVICE,
     progress: Progress = SILENT,
@@ -77,14 +62,21 @@ def sweep(
     which is returned whole. A curve of other inputs, or measured on another kind of ``device`` (that of
     :func:`cusprun.score`), is never replaced.
 
+    ``exports``, like ``gguf:q4_k_m``, add the frontier: the original and each expert are exported, weighed,
+    measured on the same documents in the export's own runtime, and timed by ``measure`` with the options
+    ``speed`` (None: not timed) beside the original in the same export. An export that fails is a point that
+    says why, among the report's ``failures``; the next call tries it again.
+
     Raises:
         DeviceError: the device is unknown, does not work or has too little memory.
         PlanError: a ratio is outside (0, 0.9], given twice, or no legal shape reaches it.
         ConfigError: the expert file has faults.
         CorpusError: documents are missing, unreadable or too few, or none is held out.
+        ExportError: the precision of an export is unknown.
+        MissingDependencyError: what an export is measured in is not installed.
         ModelError: the model is missing, damaged or holds weights that are not finite.
         OutputError: ``out`` is something else than a curve of the same inputs, or cannot be written.
-        UserError: the rule, a target or a kind of unit is unknown, or no ratio is given.
+        UserError: the rule, a target, an export or a kind of unit is unknown, or no ratio is given.
     """
     ordered = _ordered(ratios)
     wishes = PruneWishes(
@@ -96,20 +88,23 @@ def sweep(
         refit_target=refit_target,
     )
     wishes.check()
+    specs = parse_exports(texts_of(exports, "exports"))
+    if speed is not None:
+        speed.check()
+    require_runtimes(specs)
     where = open_device(device)
-    folder = _checked_folder(expand_home(out))
+    folder = CurveFolder.checked(expand_home(out))
     chosen = as_expert(expert)
     wishes.check_dimensions(chosen)
     opened = open_model(model, progress, where)
     wishes.check_family(opened.index.family, wishes.chosen_rule)
     corpora = corpora_of(opened, chosen, progress)
-    job = _Job(opened, chosen, corpora, measured_sets(corpora, chosen), wishes, folder, keep, progress)
-    for plan in job.plans(job.unfinished(job.begun(), ordered)):
-        job.add_size(plan)
-    with _alone(folder):
-        report = job.begun()
-        write_tables(report, folder)
-    return report
+    sets = measured_sets(corpora, chosen)
+    exporter = Exporter(
+        specs, Size(0.0, opened.index), opened, corpora, sets, speed, measure, folder, keep, progress
+    )
+    blank = blank_report(opened, chosen, corpora, sets, wishes)
+    return _Job(opened, chosen, corpora, sets, wishes, folder, keep, progress, exporter, blank).run(ordered)
 
 
 def _ordered(ratios: Sequence[float]) -> tuple[float, ...]:
@@ -128,77 +123,57 @@ def _ordered(ratios: Sequence[float]) -> tuple[float, ...]:
     return tuple(ordered)
 
 
-def _checked_folder(folder: Path) -> Path:
-    """Raise ``OutputError`` unless a sweep may be written to, or continued in, ``folder``; makes nothing."""
-    from cusprun.checkpoint.output import refuse_existing
-
-    if not folder.is_dir():
-        refuse_existing(folder)
-        return folder
-    for name in (_WORK, SWEEP_JSON, SWEEP_MARKDOWN, SWEEP_PICTURE):
-        remove_leftovers(folder, name)
-    others = [entry for entry in folder.iterdir() if not _PARTIAL.fullmatch(entry.name)]
-    if others and not (folder / SWEEP_JSON).is_file():
-        raise OutputError(
-            f"{folder} exists and holds no {SWEEP_JSON}; choose another folder or remove it first"
-        )
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise OutputError(f"{folder} cannot be written; choose another folder")
-    return folder
-
-
 @dataclass(frozen=True)
 class _Job:
-    """One sweep: all of it but the ratios."""
+    """One sweep: all of it but the ratios. ``blank`` is its curve without a point."""
 
     opened: OpenModel
     expert: Expert
     corpora: Corpora
     sets: Mapping[str, tuple[TokenizedDocument, ...]]
     wishes: PruneWishes
-    folder: Path
+    folder: CurveFolder
     keep: bool
     progress: Progress
+    exporter: Exporter
+    blank: SweepReport
 
-    @property
-    def documents(self) -> list[TokenizedDocument]:
-        """Every document that is measured, set after set."""
-        return [document for group in self.sets.values() for document in group]
+    def run(self, ratios: Sequence[float]) -> SweepReport:
+        """Add every size that is not there, and write the curve for people."""
+        report = self._begun()
+        self.exporter.left(report, 0.0)  # what is in the way is told before any work
+        plans = self._plans(self._unfinished(report, ratios))
+        try:
+            self._add_exports(report, self.exporter.original)
+            for plan in plans:
+                self._add_size(plan)
+        finally:
+            self.folder.clear()
+        with self.folder.alone():
+            report = self._begun()
+            write_tables(report, self.folder.path)
+        return report
 
-    def begun(self) -> SweepReport:
-        """Return the curve as it is in the folder, or one without a point.
+    def _begun(self) -> SweepReport:
+        """Return the curve as it is in the folder, or one without a point."""
+        return self.exporter.admitted(self.folder.begun(self.blank))
 
-        Raises:
-            OutputError: the curve in the folder is damaged or was measured from other inputs.
-        """
-        report = self._report()
-        path = self.folder / SWEEP_JSON
-        if not path.is_file():
-            return report
-        found = load_json(SweepReport, path, OutputError)
-        if found.inputs_hash != report.inputs_hash:
-            other = [name for name in _SHARED if getattr(found, name) != getattr(report, name)]
-            raise OutputError(
-                f"{path} was measured from other inputs (not the same: {', '.join(other) or 'documents'}); "
-                "choose another folder or remove it"
-            )
-        return found
-
-    def unfinished(self, report: SweepReport, ratios: Sequence[float]) -> list[float]:
+    def _unfinished(self, report: SweepReport, ratios: Sequence[float]) -> list[float]:
         """Return the ratios that are left to make; raises ``OutputError`` when one's folder is not ours."""
         done = {point.ratio for point in report.points}
         left = []
         for ratio in ratios:
-            place = self._place(ratio)
-            if ratio in done and (place.exists() or not self.keep):
-                log.info("found ratio %g in %s; not measuring again", ratio, self.folder / SWEEP_JSON)
-                continue
-            if self.keep and place.exists():
+            place = self.folder.expert(ratio)
+            if self.keep and place.exists() and ratio not in done:
                 raise OutputError(f"{place} exists and is not in {SWEEP_JSON}; remove it first")
+            exports = self.exporter.left(report, ratio)
+            if ratio in done and not exports and (place.exists() or not self.keep):
+                log.info("found ratio %g in %s; not measuring again", ratio, self.folder.report)
+                continue
             left.append(ratio)
         return left
 
-    def plans(self, ratios: Sequence[float]) -> list[Plan]:
+    def _plans(self, ratios: Sequence[float]) -> list[Plan]:
         """Plan every size from one store, so that what cannot be reached is refused before one is made."""
         from cusprun.pruning.budget import ratio_budget
         from cusprun.pruning.planner import Planner
@@ -218,105 +193,87 @@ class _Job:
         )
         return [planner.plan(ratio_budget(index, ratio)) for ratio in ratios]
 
-    def add_size(self, plan: Plan) -> None:
-        """Make an expert and measure it, unless that is done, and add its point to the curve."""
-        report = self.begun()  # with the points that another sweep has added meanwhile
+    def _add_size(self, plan: Plan) -> None:
+        """Make and measure an expert and its exports, unless that is done; add the points to the curve."""
+        from cusprun.checkpoint.index import open_checkpoint
+
+        report = self._with_twins(self._begun(), plan)  # another sweep may have added points meanwhile
         known = any(point.ratio == plan.ratio for point in report.points)
-        # One rule and one store keep the same units in the same shape, so the expert would be the same too.
-        twin = next((point for point in report.points if point.shape == plan.after), None)
-        if twin is not None and not known:
-            log.info("ratio %g gives the same expert as %g; not measuring again", plan.ratio, twin.ratio)
-            report = self._with_point(report, replace(twin, ratio=plan.ratio, seconds={}))
-        if (known or twin is not None) and (not self.keep or self._place(plan.ratio).exists()):
+        exports = self.exporter.left(report, plan.ratio)
+        place = self.folder.expert(plan.ratio)
+        if known and not exports and (place.exists() or not self.keep):
             return
-        if not report.original.corpora:
-            report = replace(report, original=self._original())
-        work = self.folder / f".{_WORK}.partial-{os.getpid()}"
-        work.mkdir(parents=True)
+        report = self._with_original(report)
+        made = self._ours(place) if known and place.exists() else None
+        try:
+            if made is None:
+                started = time.monotonic()
+                made = self._make(plan)
+                seconds = time.monotonic() - started
+                if not known:
+                    report = self._recorded(report, points=[self._point(made, plan, seconds)])
+                if self.keep:
+                    made = self.folder.keep(made, place)
+            self._add_exports(report, Size(plan.ratio, open_checkpoint(made)))
+        finally:
+            shutil.rmtree(self._work, ignore_errors=True)
+
+    def _with_twins(self, report: SweepReport, plan: Plan) -> SweepReport:
+        """Add the points of a size that another ratio gave already.
+
+        One rule and one store keep the same units in the same shape, so the expert would be the same too.
+        """
+        twins = {point.ratio: point for point in report.points if point.shape == plan.after}
+        if not twins:
+            return report
+        first = twins[min(twins)]
+        known = plan.ratio in twins
+        if not known:
+            log.info("ratio %g gives the same expert as %g; not measuring again", plan.ratio, first.ratio)
+        points = [] if known else [replace(first, ratio=plan.ratio, seconds={})]
+        copies = self.exporter.copies(report, plan.ratio, set(twins) - {plan.ratio})
+        return self._recorded(report, points=points, frontier=copies) if points or copies else report
+
+    @property
+    def _work(self) -> Path:
+        return self.folder.work / "expert"
+
+    def _make(self, plan: Plan) -> Path:
+        """Make the expert of a plan in the work folder, which is removed with it."""
         # What is thrown away again needs no measurement of its own in its manifest.
         corpora = self.corpora if self.keep else replace(self.corpora, held_out=())
-        try:
-            started = time.monotonic()
-            made = work / "expert"
-            wishes = PruneWishes(
-                plan=plan,
-                refit=self.wishes.refit,
-                dimension_weights=self.wishes.dimension_weights,
-                refit_target=self.wishes.refit_target,
-            )
-            prune_opened(self.opened, self.expert, corpora, made, wishes, self.progress)
-            seconds = time.monotonic() - started
-            if not known and twin is None:
-                self._with_point(report, self._point(made, plan, seconds))
-            if self.keep:
-                self._keep(made, self._place(plan.ratio))
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-            with suppress(OSError):  # it holds what is finished
-                self.folder.rmdir()
-
-    def _keep(self, made: Path, place: Path) -> None:
-        with _alone(self.folder):
-            if place.exists():
-                log.info("%s was made by another sweep meanwhile, which is kept", place)
-            else:
-                made.rename(place)
-
-    def _place(self, ratio: float) -> Path:
-        return self.folder / f"expert-{ratio}"
-
-    def _report(self) -> SweepReport:
-        """Return the curve of these inputs without a point; its original is not measured."""
-        from cusprun.corpus import corpus_hash
-        from cusprun.pruning.targets import DEFAULT_TARGETS, check_units
-
-        texts = {
-            name: [(item.text_hash, item.token_ids) for item in group] for name, group in self.sets.items()
-        }
-        digest, wishes = corpus_hash(self.corpora), self.wishes
-        rule, targets = wishes.chosen_rule, wishes.targets or DEFAULT_TARGETS
-        units = check_units(wishes.units)
-        made = (rule, targets, units, wishes.refit, dict(wishes.dimension_weights))
-        target = wishes.settings(rule, self.opened.index.family).target
-        kind = self.opened.device.key
-        inputs = (
-            "sweep",
-            self.opened.model_hash,
-            digest,
-            texts,
-            made,
-            __version__,
-            f"target {target}",
-            *kind,
+        wishes = PruneWishes(
+            plan=plan,
+            refit=self.wishes.refit,
+            dimension_weights=self.wishes.dimension_weights,
+            refit_target=self.wishes.refit_target,
         )
-        return SweepReport(
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            cusprun_version=__version__,
-            versions={
-                "python": platform.python_version(),
-                **{name: metadata.version(name) for name in _VERSIONED},
-            },
-            model=self.opened.source,
-            model_hash=self.opened.model_hash,
-            expert=self.expert.name,
-            corpus_hash=digest,
-            calibration_documents=len(self.corpora.calibration),
-            calibration_tokens=self.corpora.calibration_tokens,
-            rule=rule,
-            targets=targets,
-            units=units,
-            refit=wishes.refit,
-            dimension_weights=dict(wishes.dimension_weights),
-            device=self.opened.device.kind,
-            refit_target=target,
-            inputs_hash=key_of(*inputs),
-            original=CurvePoint(0.0, 0.0, 0.0, self.opened.index.shape, 0, 0, {}, {}),
-            points=(),
-        )
+        prune_opened(self.opened, self.expert, corpora, self._work, wishes, self.progress)
+        return self._work
+
+    def _ours(self, place: Path) -> Path:
+        """Return a kept expert; raises ``ModelError`` when somebody has edited it."""
+        from cusprun.checkpoint.index import open_checkpoint
+        from cusprun.pipeline.artifacts import refuse_edited
+
+        refuse_edited(open_checkpoint(place))
+        return place
+
+    def _add_exports(self, report: SweepReport, size: Size) -> None:
+        """Make and measure the exports of a size that are left, one after the other."""
+        left = self.exporter.left(report, size.ratio)
+        report = self._with_original(report) if left else report
+        for spec in left:
+            point = self.exporter.point(report, size, spec)
+            report = self._recorded(report, frontier=[point])
+            self.exporter.settle(size, spec, point)
+
+    def _with_original(self, report: SweepReport) -> SweepReport:
+        return report if report.original.corpora else replace(report, original=self._original())
 
     def _original(self) -> CurvePoint:
         started = time.monotonic()
-        corpora = self._qualities(original_likelihoods(self.opened, self.documents, self.progress))
+        corpora = qualities(self.sets, original_likelihoods(self.opened, self._documents, self.progress))
         index = self.opened.index
         return CurvePoint(
             ratio=0.0,
@@ -334,9 +291,9 @@ class _Job:
         from cusprun.quality.likelihood import measure_likelihood
 
         started = time.monotonic()
-        index = open_checkpoint(made)
-        base = original_likelihoods(self.opened, self.documents, self.progress)
-        own = measure_likelihood(index, self.documents, device=self.opened.device, progress=self.progress)
+        index, documents = open_checkpoint(made), self._documents
+        base = original_likelihoods(self.opened, documents, self.progress)
+        own = measure_likelihood(index, documents, device=self.opened.device, progress=self.progress)
         return CurvePoint(
             ratio=plan.ratio,
             block_ratio=plan.block_ratio,
@@ -344,50 +301,30 @@ class _Job:
             shape=plan.after,
             num_parameters=index.num_parameters,
             weight_bytes=index.num_bytes,
-            corpora=self._qualities(own, base),
+            corpora=qualities(self.sets, own, base),
             seconds={"prune": round(seconds, 2), "measure": round(time.monotonic() - started, 2)},
         )
 
-    def _qualities(
-        self, own: Sequence[DocumentLikelihood], original: Sequence[DocumentLikelihood] | None = None
-    ) -> dict[str, CurveQuality]:
-        from cusprun.quality.report import corpus_quality
+    @property
+    def _documents(self) -> list[TokenizedDocument]:
+        """Every document that is measured, set after set."""
+        return [document for group in self.sets.values() for document in group]
 
-        found, start = {}, 0
-        for name, group in self.sets.items():
-            rows = slice(start, start + len(group))
-            base = None if original is None else original[rows]
-            found[name] = CurveQuality.of(corpus_quality(own[rows], base))
-            start += len(group)
-        return found
-
-    def _with_point(self, report: SweepReport, point: CurvePoint) -> SweepReport:
-        """Add a point to the curve in the folder, and return that; what another sweep added stays."""
-        with _alone(self.folder):
-            found = self.begun()
-            points = {other.ratio: other for other in (point, *report.points, *found.points)}
-            merged = replace(
+    def _recorded(
+        self,
+        report: SweepReport,
+        points: Sequence[CurvePoint] = (),
+        frontier: Sequence[FrontierPoint] = (),
+    ) -> SweepReport:
+        """Add points to the curve in the folder, and return that; what another sweep added stays."""
+        with self.folder.alone():
+            found = self._begun()
+            known = {point.ratio: point for point in (*points, *report.points, *found.points)}
+            whole = replace(
                 found,
                 original=found.original if found.original.corpora else report.original,
-                points=tuple(points[ratio] for ratio in sorted(points)),
+                points=tuple(known[ratio] for ratio in sorted(known)),
+                frontier=merged(report.frontier, found.frontier, frontier),
             )
-            dump_json(merged, self.folder / SWEEP_JSON)
-        return merged
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Let no other sweep write to a folder, which is made if need be, for the length of the block."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if sys.platform == "win32":  # which cannot lock a folder; two sweeps at once can lose a point there
-        yield
-        return
-    import fcntl
-
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some network disks lock nothing
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+            dump_json(whole, self.folder.report)
+        return whole

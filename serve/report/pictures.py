@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cusprun.plots import AnyPanel, Palette, svg_document
+from cusprun.panels import AnyPanel
+from cusprun.plots import Palette, svg_document
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
 
-PALETTE = Palette("#1b1b1f", "#b9b9c4", ("#5a5a66", "#0b57d0", "#9a3b00", "#00695c", "#7b1fa2"))
+PALETTE = Palette("#1b1b1f", "#b9b9c4", ("#0b57d0", "#9a3b00", "#00695c", "#7b1fa2", "#b3005e"))
+_MUTED = "#808080"  # what matplotlib makes of its grey 0.5
 """For a white ground. No two are the same: each becomes a custom property that a dark page sets anew."""
 
 
 def _properties() -> dict[str, str]:
     """Return each colour with the CSS value that stands for it."""
     numbered = {colour: str(number) for number, colour in enumerate(PALETTE.cycle)}
-    names = {PALETTE.text: "text", PALETTE.grid: "grid", **numbered}
+    names = {PALETTE.text: "text", PALETTE.grid: "grid", _MUTED: "muted", **numbered}
     return {colour: f"var(--plot-{name}, {colour})" for colour, name in names.items()}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from cusprun.plots import AnyPanel
+from cusprun.panels import AnyPanel
 
 STATUSES = {
     "ok": "fine",

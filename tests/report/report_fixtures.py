@@ -7,7 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from cusprun.codec import Indices
-from cusprun.pipeline.curve import CurvePoint, CurveQuality, SweepReport
+from cusprun.pipeline.curve import CurvePoint, SweepReport
+from cusprun.pipeline.curve_quality import CurveQuality
+from cusprun.pipeline.frontier import FrontierPoint, Speed, SpeedOptions
 from cusprun.pipeline.reporting.inputs import Result
 from cusprun.pipeline.reporting.kinds import KINDS
 from cusprun.pipeline.results import ArtifactFile, RunReport
@@ -402,6 +404,44 @@ def endpoint_report() -> EndpointReport:
     )  # fmt: skip
 
 
+def frontier() -> tuple[FrontierPoint, ...]:
+    """Two sizes in two exports: one is dominated, and one could not be made."""
+
+    def point(
+        ratio: float, precision: str, megabytes: float, quality: float, **changes: Any
+    ) -> FrontierPoint:
+        rate = 90 - megabytes / 5
+        made = FrontierPoint(
+            ratio,
+            "gguf",
+            precision,
+            108_000_000,
+            HASH["a"],
+            round(megabytes * 1e6),
+            8.5,
+            {"held_out": CurveQuality(32, 5120, estimate(18 * quality, 0.1), estimate(quality, 0.01))},
+            None,
+            Speed(
+                Interval(rate, rate - 1, rate + 1),
+                Interval(1.2, 1.18, 1.22),
+                Interval(8 * rate, 7 * rate, 9 * rate),
+                Interval(1.25, 1.2, 1.3),
+                3e8,
+                10,
+                "llama-cpp-python 0.3.36",
+                "AMD EPYC, 2 threads",
+            ),
+        )
+        return replace(made, **changes)
+
+    return (
+        point(0.0, "q8_0", 144.0, 1.001),
+        point(0.0, "q4_k_m", 105.0, 1.09, dominated_by="0.3 gguf:q8_0"),
+        point(0.3, "q8_0", 104.0, 1.07),
+        point(0.3, "q4_k_m", 80.0, 1.16, failure="llama.cpp ran out of memory", corpora={}, speed=None),
+    )  # fmt: skip
+
+
 def sweep_report() -> SweepReport:
     def point(ratio: float) -> CurvePoint:
         cost = 1 + 0.8 * ratio**2
@@ -437,6 +477,8 @@ def sweep_report() -> SweepReport:
         inputs_hash=HASH["f"],
         original=point(0),
         points=tuple(point(ratio) for ratio in (0.1, 0.2, 0.3, 0.4, 0.5)),
+        frontier=frontier(),
+        speed_options=SpeedOptions(),
     )
 
 

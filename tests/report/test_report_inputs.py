@@ -15,10 +15,10 @@ import report_fixtures as made
 import cusprun as api
 from cusprun.codec import Indices, dump_json, to_plain
 from cusprun.errors import MeasurementError, OutputError, UserError
+from cusprun.panels import Heat
 from cusprun.pipeline.report import build_page
 from cusprun.pipeline.reporting.inputs import Result, read_results
 from cusprun.pipeline.reporting.kinds import KINDS
-from cusprun.plots import Heat
 from cusprun.records import LayerPlan
 from serve.report import view
 

@@ -15,7 +15,17 @@ from cusprun.pipeline.curve import (
     size_cells,
     size_columns,
 )
-from serve.report.view import Block, Bullets, Grid, Picture, Prose, Section
+from cusprun.pipeline.frontier_tables import (
+    DECODE,
+    PROMPT,
+    frontier_cells,
+    frontier_columns,
+    frontier_notes,
+    frontier_panels,
+    speed_columns,
+    speed_rows,
+)
+from serve.report.view import Block, Bullets, Grid, Heading, Picture, Prose, Section
 
 if TYPE_CHECKING:
     from cusprun.pruning.overlap import KindOverlap, OverlapReport
@@ -39,8 +49,36 @@ def sweep_sections(reports: Sequence[SweepReport]) -> Iterator[Section]:
             ),
             sizes,
             Bullets(curve_notes(report)),
+            *_frontier(report, f"frontier-{number}"),
         ]
     yield Section("curve", "Size against quality", tuple(blocks))
+
+
+def _frontier(report: SweepReport, name: str) -> Iterator[Block]:
+    """Yield every size in every export, those that nobody should choose named as such."""
+    if not report.frontier:
+        return
+    timed = report.speed_options is not None
+    columns = frontier_columns(report, with_speed=timed)
+    grid = Grid(
+        "Exports of every size",
+        columns,
+        tuple(frontier_cells(report, point, with_speed=timed) for point in report.frontier),
+        texts=(len(columns) - 1,),
+    )
+    yield Heading("Which export to choose")
+    panels = frontier_panels(report)
+    if panels:
+        description = (
+            "Quality of every export over its size and speed; what is dominated is crossed out in grey."
+        )
+        yield Picture(name, description, panels, (grid,))
+    else:
+        yield grid
+    rows = tuple(speed_rows(report, (DECODE, PROMPT)))
+    if rows:
+        yield Grid("Speeds of the exports", speed_columns((DECODE, PROMPT)), rows)
+    yield Bullets(frontier_notes(report))
 
 
 def overlap_sections(reports: Sequence[OverlapReport]) -> Iterator[Section]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from cusprun.plots import Line, Panel
+from cusprun.panels import Line, Panel
 from serve.bench.endpoint.records import EndpointReport, LevelSummary
 from serve.bench.endpoint.table import LoadTable, letter, load_tables
 from serve.report.view import Block, Grid, Picture, Prose, Section

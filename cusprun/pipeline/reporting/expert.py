@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from cusprun.panels import Heat, Line, Panel
 from cusprun.pipeline.reporting.wording import counted, moment
-from cusprun.plots import Heat, Line, Panel
 from cusprun.records import DIMENSIONS, LayerPlan, Manifest, Plan, Source
 from serve.report.view import Block, Bullets, Code, Grid, Heading, Picture, Prose, Section
 

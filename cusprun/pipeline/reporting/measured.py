@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from cusprun.panels import BARRED, Forest, Line, Mark, Panel
 from cusprun.pipeline.reporting.wording import (
     amount,
     counted,
@@ -15,7 +16,6 @@ from cusprun.pipeline.reporting.wording import (
     ratio,
     shown,
 )
-from cusprun.plots import Forest, Line, Mark, Panel
 from serve.bench.records import Artifact, BenchReport, Comparison, Roofline, Suite
 from serve.report.view import Block, Bullets, Grid, Heading, Picture, Prose, Section
 
@@ -152,7 +152,7 @@ def _side_line(side: str, comparisons: Sequence[Comparison], shift: int) -> Line
         y=tuple(spread.median for spread in spreads),
         low=tuple(spread.low for spread in spreads),
         high=tuple(spread.high for spread in spreads),
-        bars=True,
+        look=BARRED,
     )
 
 
@@ -215,4 +215,4 @@ def _roofline(suite: Suite, roofline: Roofline, name: str) -> Iterator[Block]:
         (Grid(f"Limits in {title_of(suite)}", columns, tuple(rows), texts=(5,)),),
     )
     if roofline.notes:
-        yield Bullets(roofline.notes)
+        yield Bullets(tuple(f"{note.rstrip('.')}." for note in roofline.notes))

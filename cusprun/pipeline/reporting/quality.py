@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from cusprun.panels import Forest, Mark
 from cusprun.pipeline.reporting.wording import change, estimate
-from cusprun.plots import Forest, Mark
 from cusprun.quality.report import CorpusQuality, Estimate, EvalReport
 from exporters.parity_records import ParityReport
 from serve.report.view import Block, Bullets, Grid, Picture, Prose, Section

@@ -31,8 +31,6 @@ ROUTES: Mapping[str, str] = {CHAT: "/chat/completions", COMPLETIONS: "/completio
 CONCURRENCY = "concurrency"
 RATE = "rate"
 
-NO_DIFFERENCE = "no difference shown"
-TOO_FEW_PAIRS = "too few pairs to tell"
 
 DEFAULT_CONCURRENCY = (1, 2, 4, 8)
 DEFAULT_PAIRED_ROUNDS = 3

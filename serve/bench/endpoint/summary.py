@@ -9,9 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from serve.bench.endpoint.records import (
-    NO_DIFFERENCE,
     OK,
-    TOO_FEW_PAIRS,
     Level,
     LevelResult,
     LevelRun,
@@ -21,7 +19,7 @@ from serve.bench.endpoint.records import (
     Quantiles,
     RequestRecord,
 )
-from serve.bench.records import Interval
+from serve.bench.records import NO_DIFFERENCE, TOO_FEW_PAIRS, Interval
 from serve.bench.statistics import median_interval, quantile
 
 LATE_MS = 10.0

@@ -6,9 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from serve.bench.endpoint.records import (
-    NO_DIFFERENCE,
     OK,
-    TOO_FEW_PAIRS,
     EndpointReport,
     LevelResult,
     LevelSummary,
@@ -18,6 +16,7 @@ from serve.bench.endpoint.records import (
 )
 from serve.bench.endpoint.summary import METRICS, MIN_PAIRS
 from serve.bench.endpoint.timeline import FROM_TOKENIZER
+from serve.bench.records import NO_DIFFERENCE, TOO_FEW_PAIRS
 
 SHOWN_METRICS = (
     "requests_per_second",
