@@ -26,7 +26,7 @@ TABLE = "soak"
 MEMORY_TARGET = 0.02
 """How much more resident memory there may be afterwards, as a share of that before."""
 ALLOWED = ("200", "429")
-_SETTLE_S = 5.0
+_SETTLE_S = 15.0
 _IDLE_S = 120.0
 _POLL_S = 0.5
 _UNDER_WAY = "cusprun_requests_under_way "
@@ -236,7 +236,7 @@ def _count(tally: Tally, wish: Wish, answer: Answer, alone: str) -> None:
 
 
 def settled(served: Served) -> dict[str, int]:
-    """Return the server's memory once it has been idle for 5 s; raises ``MeasurementError`` if it is not."""
+    """Return the server's memory once it has been idle for 15 s; raises ``MeasurementError`` if it is not."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = time.monotonic() + _IDLE_S
     while time.monotonic() < deadline:

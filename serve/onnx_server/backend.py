@@ -14,6 +14,7 @@ from serve.api.events import event
 from serve.api.requests import Request
 from serve.front.backend import Stream, Whole
 from serve.onnx_server.channel import Channel
+from serve.onnx_server.freed import give_back
 from serve.onnx_server.generation import Counts, Piece, generate
 from serve.onnx_server.model import OnnxModel
 from serve.onnx_server.prompts import Prompt, read_prompts
@@ -30,7 +31,7 @@ class OnnxBackend:
     def __init__(self, model: OnnxModel, name: str, parallel: int) -> None:
         self._model = model
         self._name = name
-        self._scheduler = Scheduler(parallel)
+        self._scheduler = Scheduler(parallel, rest=give_back)
         self._counts = Counts()
 
     async def answer(self, request: Request) -> Whole | Stream:

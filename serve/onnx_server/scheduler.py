@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 ENDED = "the server is ending"
+REST_AFTER_S = 10.0
 
 
 class Job(Generic[T]):
@@ -31,10 +32,18 @@ class Job(Generic[T]):
 
 
 class Scheduler:
-    """Works on up to ``parallel`` jobs; the others wait in the order in which they came."""
+    """Works on up to ``parallel`` jobs; the others wait in the order in which they came.
 
-    def __init__(self, parallel: int) -> None:
+    ``rest`` is called, in the scheduler's thread, once there has been no job for ``rest_after_s``.
+    """
+
+    def __init__(
+        self, parallel: int, rest: Callable[[], None] = lambda: None, rest_after_s: float = REST_AFTER_S
+    ) -> None:
         self._parallel = parallel
+        self._rest = rest
+        self._rest_after_s = rest_after_s
+        self._is_rested = True
         self._waiting: deque[Job[object]] = deque()
         self._active: list[tuple[Job[object], Generator[object, None, None]]] = []
         self._changed = threading.Condition()
@@ -101,7 +110,10 @@ class Scheduler:
         """
         with self._changed:
             while not (self._waiting or self._active or self._is_closed):
-                self._changed.wait()
+                if not self._changed.wait(None if self._is_rested else self._rest_after_s):
+                    self._rest()
+                    self._is_rested = True
+            self._is_rested = False
             if self._waiting and len(self._active) < self._parallel and not self._is_closed:
                 job = self._waiting.popleft()
                 self._active.append((job, job.steps()))

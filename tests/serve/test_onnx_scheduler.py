@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import platform
+import subprocess
+import sys
 import threading
 from collections.abc import Generator, Iterator
 
@@ -126,3 +129,41 @@ def test_putting_after_the_loop_has_ended_is_no_error() -> None:
         return Channel()
 
     asyncio.run(make()).put(1)
+
+
+def test_it_rests_once_after_the_last_job_and_again_after_the_next() -> None:
+    log, rested = Log(), threading.Semaphore(0)
+    scheduler = Scheduler(1, rest=rested.release, rest_after_s=0.01)
+    try:
+        assert not rested.acquire(timeout=0.1)  # there was no job yet
+        for _ in range(2):
+            scheduler.submit(log.job("a", 2))
+            assert rested.acquire(timeout=LIMIT_S)
+            assert scheduler.num_running == 0
+        assert not rested.acquire(timeout=0.1)
+    finally:
+        scheduler.close()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library gives memory back itself")
+def test_freed_memory_goes_back_to_the_system() -> None:
+    """Blocks of 100 kB, too small to be mapped, with one that is kept above them all."""
+    source = """
+import ctypes, pathlib
+from serve.onnx_server.freed import give_back
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, (ctypes.c_void_p,)
+def resident():
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(status.split("VmRSS:")[1].split()[0])
+blocks = [libc.malloc(100_000) for _ in range(500)]
+for block in blocks:
+    ctypes.memset(block, 1, 100_000)
+for block in blocks[:-1]:
+    libc.free(block)
+held = resident()
+give_back()
+print(held - resident())
+"""
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 40_000
