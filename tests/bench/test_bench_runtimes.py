@@ -84,17 +84,26 @@ def test_onnx(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.vllm
 def test_vllm(tmp_path: Path) -> None:
+    """One server, in this process's charge; the others start two."""
+    import time
+
     from tiny_exports import make_folder
     from tiny_vllm import FAMILIES
 
     from exporters.registry import format_of
+    from serve.bench.engines.vllm import VllmEngine
+    from serve.bench.stepping import Gauges
+    from serve.bench.worker import measure
 
     folder = make_folder(tmp_path / "tiny", FAMILIES["qwen3"])
     out = format_of("vllm").export(folder, tmp_path / "m-vllm", quant="float32")
-    (suite,) = bench([Target("vllm", out, out)], FAST).suites
-    require_whole(suite)
-    assert suite.library.startswith("vllm ")
-    assert suite.comparison("peak_memory_bytes").before.median > 1e8  # the server's, not the worker's
+    gauges = Gauges(time.perf_counter, lambda: None)
+    measured = measure(VllmEngine(), Job.of("vllm", str(out), FAST, 1), gauges)
+    assert [len(timing.latencies_s) for timing in measured.timings] == [6, 0]
+    assert all(0 < timing.prefill_s <= timing.first_token_s for timing in measured.timings)
+    assert all(latency > 0 for latency in measured.timings[0].latencies_s)
+    assert measured.library.startswith("vllm ")
+    assert measured.memory.peak_bytes > 3e8  # the server's too
 
 
 def test_every_runtime_of_the_pipeline_is_an_engine() -> None:
