@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("cusprun", "exporters", "serve")
+PACKAGES = ("cusprun", "deploy", "exporters", "serve")
 
 BASE = {
     "cusprun.records",
@@ -48,6 +48,7 @@ ARROWS: dict[str, set[str]] = {
     "cusprun.cli": EVERYTHING,
     "cusprun.__main__": {"cusprun.cli"},
     "cusprun": EVERYTHING,
+    "deploy": {"cusprun.errors"},
     "exporters": BASE | {"cusprun.checkpoint", "cusprun.families"},
     "serve.child_guard": set(),
     "serve.child_process": set(),

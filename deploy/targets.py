@@ -1,0 +1,67 @@
+"""The targets as data; a target's module is imported only when it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from typing import Any
+
+from cusprun.errors import UserError, require_known
+from deploy.facts import Option, Target
+
+PLATFORMS = ("linux-x86_64", "linux-aarch64", "macos-arm64", "windows-x86_64")
+
+_ALL = frozenset({"gguf", "onnx", "vllm"})
+_LIGHT = frozenset({"gguf", "onnx"})
+
+_PLATFORM = Option("platform", None, "machine that the wheels are for; this one's when not given", PLATFORMS)
+_PYTHON = Option("python", None, "Python version there, like 3.12; this one's when not given")
+_SYSTEM = Option("system", None, "system prompt")
+
+TARGETS: Mapping[str, Target] = {
+    "bundle": Target("bundle", "deploy.bundle", _LIGHT, (_PLATFORM, _PYTHON)),
+    "ollama": Target("ollama", "deploy.ollama", frozenset({"gguf"}), (_SYSTEM,)),
+    "docker": Target("docker", "deploy.docker", _ALL),
+    "kubernetes": Target("kubernetes", "deploy.kubernetes", _ALL),
+    "systemd": Target("systemd", "deploy.systemd", _ALL),
+}
+
+
+def target_of(name: str) -> Target:
+    """Return the target called ``name``; raises ``UserError`` with the nearest known one otherwise."""
+    require_known(name, TARGETS, "target")
+    return TARGETS[name]
+
+
+def load(target: Target) -> Any:
+    """Import a target's module."""
+    return import_module(target.module)
+
+
+def parse_options(texts: Iterable[str]) -> dict[str, str]:
+    """Return options written ``NAME=VALUE``; raises ``UserError`` for one without a value or given twice."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"the option {text!r} has no value; write NAME=VALUE")
+        if name in found:
+            raise UserError(f"the option {name!r} is given twice; give it once")
+        found[name] = value
+    return found
+
+
+def complete_options(target: Target, given: Mapping[str, str]) -> dict[str, str | None]:
+    """Return a value for every option of a target.
+
+    Raises:
+        UserError: an option is unknown there, or its value is none of its choices.
+    """
+    known = {option.name: option for option in target.options}
+    for name, value in given.items():
+        if not known:
+            raise UserError(f"the target {target.name} has no options; leave out {name!r}")
+        require_known(name, known, f"option of the target {target.name}")
+        if known[name].choices:
+            require_known(value, known[name].choices, name)
+    return {name: given.get(name, option.default) for name, option in known.items()}
