@@ -17,14 +17,17 @@ _PLATFORM = Option(
     "platform", None, "machine that the wheels are for; this one's when not given", tuple(MACHINES)
 )
 _PYTHON = Option("python", None, "Python version there, like 3.12; this one's when not given")
-_SYSTEM = Option("system", None, "system prompt")
+_SYSTEM = Option("system", None, "system text of every chat that has none")
+_PREFIX = Option("prefix", None, "folder of the service on its machine; /opt/NAME when not given")
+_HOST = Option("host", "127.0.0.1", "address to listen on")
+_PORT = Option("port", "8000", "port to listen on")
 
 TARGETS: Mapping[str, Target] = {
     "bundle": Target("bundle", "deploy.bundle", _LIGHT, (_PLATFORM, _PYTHON)),
     "ollama": Target("ollama", "deploy.ollama", frozenset({"gguf"}), (_SYSTEM,)),
     "docker": Target("docker", "deploy.docker", _ALL),
     "kubernetes": Target("kubernetes", "deploy.kubernetes", _ALL),
-    "systemd": Target("systemd", "deploy.systemd", _ALL),
+    "systemd": Target("systemd", "deploy.systemd", _ALL, (_PREFIX, _HOST, _PORT)),
 }
 
 
