@@ -5,15 +5,20 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from importlib.resources import files as package_files
 
 from cusprun.errors import UserError
 from deploy.facts import Facts
-from deploy.render import MODEL_FOLDER, File, artifact_path, text_file
-from deploy.wheel import own_wheel
+from deploy.own_wheel import own_wheel
+from deploy.platforms import marker_environment
+from deploy.render import MODEL_FOLDER, File, artifact_path, question, text_file
+from deploy.requirements import pinned
+from deploy.wheelhouse import requirement_lines
 
 PYTHON_TAG = "3.12.12-slim-bookworm"
 """glibc 2.36 and libstdc++ of GCC 12: all wheels of the engines want less."""
+
+_PYTHON = "3.12"
+_PLATFORM = "linux-x86_64"  # what is needed on linux-aarch64 is the same
 
 VLLM_VERSION = "0.32.0"
 """The vLLM that cusprun's own tests run."""
@@ -145,11 +150,12 @@ def image_files(facts: Facts, model: str, gpus: int = 1, under: str = "") -> Ite
         model_folder=MODEL_ROOT,
     )
     yield text_file(f"{under}.dockerignore", "docker/dockerignore.j2", is_baked=is_baked)
-    yield File(f"{under}ask.py", package_files("deploy").joinpath("templates/docker/ask.py").read_bytes())
-    yield own_wheel(f"{under}wheels")
+    yield text_file(f"{under}ask.py", "docker/ask.py.j2", route=question(facts)[0], port=PORT)
+    name, wheel = own_wheel()
+    yield File(f"{under}wheels/{name}", wheel)
     if not is_gpu(facts):
-        lines = [f"{name}=={version}\n" for name, version in sorted(facts.versions.items())]
-        yield File(f"{under}requirements.txt", "".join(lines).encode())
+        versions = pinned(facts.versions, marker_environment(_PLATFORM, _PYTHON))
+        yield File(f"{under}requirements.txt", requirement_lines(versions).encode())
 
 
 def check_image(text: str) -> None:

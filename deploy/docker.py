@@ -81,7 +81,7 @@ def files(facts: Facts, options: Options) -> Iterator[File]:
     yield text_file(
         "README.md",
         "docker/README.md.j2",
-        name=facts.name,
+        facts=facts,
         ask=shlex.join(ask_command(facts, _KEY_FILE)),
         port=int(options["port"] or PORT),
         gpus=is_gpu(facts),

@@ -119,6 +119,7 @@ def _values(facts: Facts, options: Options) -> dict[str, Any]:
     selector = {"app.kubernetes.io/name": "cusprun", "app.kubernetes.io/instance": facts.name}
     key_file = f"{_KEY_FOLDER}/{_KEY_NAME}"
     return {
+        "facts": facts,
         "name": facts.name,
         "namespace": _namespace(facts, options),
         "image": options["image"],

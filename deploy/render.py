@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ def render(template: str, **values: Any) -> str:
     """Return a template of ``deploy/templates`` filled in; a value that is not given is an error.
 
     Filters: ``shell`` quotes for POSIX shells, ``yaml`` for YAML (and JSON), ``dockerenv`` for ``ENV`` and
-    ``LABEL`` values of a Dockerfile, ``systemd`` for values of unit and environment files.
+    ``LABEL`` values of a Dockerfile, ``systemd`` for words of a unit's ``ExecStart``, ``md`` for Markdown.
     """
     return _environment().get_template(template).render(**values)
 
@@ -59,6 +60,16 @@ def artifact_path(facts: Facts, under: str = MODEL_FOLDER) -> str:
     return f"{under}/{facts.artifact_name}"
 
 
+_QUESTION = "What is 7 x 8?"
+
+
+def question(facts: Facts) -> tuple[str, str]:
+    """Return the route below ``/v1/`` and the JSON of a question that a README asks the model."""
+    if facts.chat_template:
+        return "chat/completions", json.dumps({"messages": [{"role": "user", "content": _QUESTION}]})
+    return "completions", json.dumps({"prompt": _QUESTION, "max_tokens": 32})
+
+
 @cache
 def _environment() -> SandboxedEnvironment:
     from jinja2 import PackageLoader, StrictUndefined
@@ -72,7 +83,9 @@ def _environment() -> SandboxedEnvironment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(shell=shell, yaml=yaml_scalar, dockerenv=docker_value, systemd=systemd_value)
+    environment.filters.update(
+        shell=shell, yaml=yaml_scalar, dockerenv=docker_value, systemd=systemd_value, md=markdown
+    )
     return environment
 
 
@@ -98,6 +111,11 @@ def systemd_value(value: object) -> str:
     r"""Return a value in double quotes for a unit's ``ExecStart``; ``%`` and ``$`` lose their meaning."""
     text = _one_line(str(value)).replace("\\", "\\\\").replace('"', '\\"')
     return f'"{text}"'.replace("%", "%%").replace("$", "$$")
+
+
+def markdown(value: object) -> str:
+    """Return a value as text of a Markdown page, in which nothing is markup."""
+    return re.sub(r"([\\`*_{}\[\]<>#|!&~])", r"\\\1", _one_line(str(value)))
 
 
 def _one_line(text: str) -> str:

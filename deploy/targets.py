@@ -8,15 +8,16 @@ from typing import Any
 
 from cusprun.errors import UserError, require_known
 from deploy.facts import Option, Target
-
-PLATFORMS = ("linux-x86_64", "linux-aarch64", "macos-arm64", "windows-x86_64")
+from deploy.platforms import MACHINES
 
 _ALL = frozenset({"gguf", "onnx", "vllm"})
 _LIGHT = frozenset({"gguf", "onnx"})
 
 _MODEL = ("baked", "volume")
 
-_PLATFORM = Option("platform", None, "machine that the wheels are for; this one's when not given", PLATFORMS)
+_PLATFORM = Option(
+    "platform", None, "machine that the wheels are for; this one's when not given", tuple(MACHINES)
+)
 _PYTHON = Option("python", None, "Python version there, like 3.12; this one's when not given")
 _GPUS = Option("gpus", "1", "GPUs of one server, for vLLM")
 _DOCKER = (

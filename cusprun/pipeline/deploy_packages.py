@@ -1,4 +1,8 @@
-"""Which packages serve an artifact, pinned to the versions that are installed."""
+"""Which packages serve an artifact, pinned to the versions that are installed.
+
+Serving imports neither torch nor transformers, which cusprun itself asks for: a server is installed from
+these alone. The bundle's smoke test, in an environment of its own, tells when one is missing.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,12 @@ from importlib import metadata
 
 from cusprun.errors import MissingDependencyError
 
-FRONT = ("aiohttp", "fastapi", "httptools", "jinja2", "psutil", "pyyaml", "rich", "typer", "uvicorn")
+FRONT = ("aiohttp", "fastapi", "httptools", "rich", "typer", "uvicorn")
 """What ``cusprun serve`` imports whatever the engine."""
 
 ENGINE_PACKAGES: Mapping[str, tuple[str, ...]] = {
-    "llamacpp": ("gguf", "numpy", "xllamacpp"),
-    "onnx": ("numpy", "onnxruntime-genai", "tokenizers"),
+    "llamacpp": ("xllamacpp",),
+    "onnx": ("jinja2", "numpy", "onnxruntime-genai", "tokenizers"),
     "vllm": (),
 }
 """What each engine needs besides; vLLM comes with an environment or image of its own."""
