@@ -54,6 +54,7 @@ _IMAGE = re.compile(
 """Image names: https://github.com/distribution/reference (grammar in reference.go)."""
 
 _MAX_IMAGE = 255
+_MAX_TAG = 128
 
 
 def is_gpu(facts: Facts) -> bool:
@@ -181,6 +182,9 @@ def _image_fault(text: str) -> str:
         return "it is empty"
     if "://" in text:
         return "it begins with a protocol"
+    tag = _split_tag(text)[1]
+    if len(tag) > _MAX_TAG:
+        return f"its tag has {len(tag)} characters, of {_MAX_TAG} allowed"
     odd = re.search(r"[^\w.:/@-]", text, re.ASCII)
     if odd:
         return f"it holds {odd.group()!r}"
@@ -189,15 +193,21 @@ def _image_fault(text: str) -> str:
     return "its parts are letters and digits, with single dots, underscores or hyphens between them"
 
 
+def _split_tag(text: str) -> tuple[str, str]:
+    """Return what stands before and after the colon of the last part."""
+    path, _, tag = text.rpartition(":") if ":" in text.rpartition("/")[2] else (text, "", "")
+    return path, tag
+
+
 def near_image(text: str) -> str:
     """Return a valid image name near ``text``."""
     bare = re.sub(r"^[a-zA-Z]+://", "", text)
-    path, _, tag = bare.rpartition(":") if ":" in bare.rpartition("/")[2] else (bare, "", "")
+    path, tag = _split_tag(bare)
     parts = [re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in path.split("/")]
     host, *rest = path.split("/")
     if rest and re.fullmatch(_HOST, host) and ("." in host or ":" in host or host == "localhost"):
         parts[0] = host.lower()
-    label = re.sub(r"[^\w.-]+", "-", tag, flags=re.ASCII).strip("-.") or "1"
+    label = re.sub(r"[^\w.-]+", "-", tag, flags=re.ASCII).strip("-.")[:_MAX_TAG] or "1"
     return f"{'/'.join(part for part in parts if part) or 'expert'}:{label}"
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from deploy.facts import Facts, Sizing
+from deploy.own_wheel import own_wheel
 from deploy.render import File
 from deploy.targets import TARGETS, complete_options, load
 
@@ -18,6 +21,7 @@ _FILES = {
     "vllm": ("config.json", "model.safetensors"),
 }
 _MIB = 2**20
+_WHEEL = cache(own_wheel)
 
 ODD_NAME = "it's $HOME \"a\" ${b} $(c) #1: ü\\"
 """A printable name with what shells, YAML, Dockerfiles, Compose and Kubernetes give a meaning."""
@@ -66,7 +70,8 @@ def files_of(target: str, facts: Facts, **given: str) -> dict[str, File]:
     module = load(TARGETS[target])
     options = complete_options(TARGETS[target], given)
     module.check(facts, options)
-    found = list(module.files(facts, options))
+    with patch("deploy.containers.own_wheel", _WHEEL):
+        found = list(module.files(facts, options))
     assert len({file.path for file in found}) == len(found), "a file is written twice"
     return {file.path: file for file in found}
 
