@@ -16,6 +16,7 @@ from pathlib import Path
 
 import dockerfiles
 import pytest
+import yaml
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "serve"))
 from parrot import CHAT_ANSWER, CONTEXT_TOKENS, make_parrot
@@ -74,7 +75,17 @@ def test_the_steps_make_a_server_that_answers(artifact: Path, tmp_path: Path) ->
     require_index()
     from cusprun.pipeline.deploy import deploy
 
-    context = deploy(artifact, "docker", tmp_path / "out", context=CONTEXT_TOKENS, parallel=1)
+    context = deploy(
+        artifact,
+        "docker",
+        tmp_path / "out",
+        context=CONTEXT_TOKENS,
+        parallel=1,
+        options={"original": str(artifact)},
+    )
+    composed = yaml.safe_load((context / "compose.yaml").read_text())
+    assert "original" in composed["services"]
+    assert (context / "original" / artifact.name).read_bytes() == artifact.read_bytes()
     _, stages = dockerfiles.read((context / "Dockerfile").read_text())
     prefix = tmp_path / "opt"
     run_steps(next(stage for stage in stages if stage.name == "build"), context, prefix)
@@ -116,3 +127,13 @@ def test_the_steps_make_a_server_that_answers(artifact: Path, tmp_path: Path) ->
     finally:
         server.kill()
         server.wait()
+
+
+def test_an_original_of_another_format_is_refused(artifact: Path, tmp_path: Path) -> None:
+    from cusprun.errors import ExportError
+    from cusprun.pipeline.deploy import deploy
+
+    folder = artifact.parent / "parrot"
+    with pytest.raises(ExportError, match="export the original to gguf as well"):
+        deploy(artifact, "docker", tmp_path / "out", options={"original": str(folder)})
+    assert not (tmp_path / "out").exists()
