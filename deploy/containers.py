@@ -45,7 +45,9 @@ _SERVE_THREADS = 1
 """What the front takes besides the engine's threads; without it the engine's own threads would be slowed."""
 
 _PATH_PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
-_HOST = r"(?:[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?)(?:\.[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?)*(?::[0-9]+)?"
+_HOST = (
+    r"(?:[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?)(?:\.[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?)*(?::[0-9]+)?"
+)
 _IMAGE = re.compile(
     rf"(?:(?P<host>{_HOST})/)?(?P<path>{_PATH_PART}(?:/{_PATH_PART})*)"
     r"(?P<tag>:[\w][\w.-]{0,127})?(?P<digest>@sha256:[0-9a-f]{64})?",
@@ -165,7 +167,9 @@ def check_image(text: str) -> None:
     if found and len(text) > _MAX_IMAGE:
         raise UserError(f"the image name has {len(text)} characters; at most {_MAX_IMAGE} are allowed")
     if found and found["digest"]:
-        raise UserError(f"the image {text!r} is yet to be built and has no digest; leave out {found['digest']}")
+        raise UserError(
+            f"the image {text!r} is yet to be built and has no digest; leave out {found['digest']}"
+        )
     if found and (found["tag"] in (None, ":latest")):
         raise UserError(
             f"the image {text!r} needs a tag of its own, so that a version can be told from the next; "
@@ -219,7 +223,7 @@ def whole_number(name: str, text: str | None, least: int, most: int) -> int:
 
 
 def check_gpus(facts: Facts, text: str | None) -> int:
-    """Return the GPUs of one server; raises ``UserError`` for other engines than vLLM, where there are none."""
+    """Return the GPUs of one server; raises ``UserError`` for several where the engine uses none."""
     gpus = whole_number("gpus", text, 1, 16)
     if gpus > 1 and not is_gpu(facts):
         raise UserError(f"a {facts.format} artifact is served on the CPU; leave out gpus={gpus}")

@@ -1,4 +1,4 @@
-"""A container on one machine: an image, Compose with the original beside and monitoring, and a start script."""
+"""Containers on one machine: image, Compose with the original beside and monitoring, start script."""
 
 from __future__ import annotations
 
@@ -136,7 +136,9 @@ def _load(facts: Facts, gpus: int) -> dict[str, object]:
 
 def _original_files(original: Facts, options: Options) -> Iterator[File]:
     path = Path(str(options["original"])).expanduser().resolve()
-    under = f"{_ORIGINAL_FOLDER}/{original.artifact_name}" if original.artifact_is_folder else _ORIGINAL_FOLDER
+    under = (
+        f"{_ORIGINAL_FOLDER}/{original.artifact_name}" if original.artifact_is_folder else _ORIGINAL_FOLDER
+    )
     for name in sorted(original.sha256):
         yield File(f"{under}/{name}", path / name if original.artifact_is_folder else path)
 

@@ -23,7 +23,7 @@ _FILES = {
 _MIB = 2**20
 _WHEEL = cache(own_wheel)
 
-ODD_NAME = "it's $HOME \"a\" ${b} $(c) #1: ü\\"
+ODD_NAME = 'it\'s $HOME "a" ${b} $(c) #1: ü\\'
 """A printable name with what shells, YAML, Dockerfiles, Compose and Kubernetes give a meaning."""
 
 

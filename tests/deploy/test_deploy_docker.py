@@ -17,6 +17,7 @@ import dockerfiles
 import pytest
 import yaml
 from container_facts import FORMATS, ODD_NAME, files_of, make_facts, text_of, write
+
 from cusprun.errors import UserError
 from deploy import dashboard
 from deploy.containers import check_image, near_image
@@ -169,7 +170,9 @@ def test_compose_is_closed_and_grants_what_was_planned(format_name: str, model: 
 
 
 def test_the_original_stands_beside() -> None:
-    original = make_facts(artifact_name="original $1.gguf", model="original", sha256={"original $1.gguf": "0"})
+    original = make_facts(
+        artifact_name="original $1.gguf", model="original", sha256={"original $1.gguf": "0"}
+    )
     facts = make_facts(original=original)
     files = files_of("docker", facts, original="/somewhere/original $1.gguf", model="baked", port="9000")
     plain = yaml.safe_load(text_of(files, "compose.yaml"))

@@ -96,7 +96,12 @@ def test_the_steps_make_a_server_that_answers(artifact: Path, tmp_path: Path) ->
 
     def here(words: list[str] | None) -> list[str]:
         assert words is not None
-        places = {PREFIX: str(prefix), "/model/": f"{context}/model/", "0.0.0.0": "127.0.0.1", "8000": str(port)}
+        places = {
+            PREFIX: str(prefix),
+            "/model/": f"{context}/model/",
+            "0.0.0.0": "127.0.0.1",
+            "8000": str(port),
+        }
         for old, new in places.items():
             words = [word.replace(old, new) for word in words]
         return words

@@ -14,11 +14,10 @@ from typing import Any
 import pytest
 import yaml
 from container_facts import FORMATS, ODD_NAME, files_of, make_facts, text_of, write
-from cusprun.errors import UserError
+
 from deploy import dashboard
 from deploy.containers import serve_arguments
 from deploy.facts import Facts
-from deploy.kubernetes_names import check_namespace, near_name, parse_labels
 from deploy.render import File
 
 IMAGE = "registry.example.org/team/expert:1"
@@ -75,7 +74,9 @@ def test_every_manifest_is_listed_and_in_the_namespace(format_name: str, model: 
             assert plain["metadata"]["name"] == "space"
         elif plain["kind"] == "Kustomization":
             folder = path.rpartition("/")[0]
-            there = {p.rpartition("/")[2] for p in files if p.startswith(f"{folder}/") and p.endswith(".yaml")}
+            there = {
+                p.rpartition("/")[2] for p in files if p.startswith(f"{folder}/") and p.endswith(".yaml")
+            }
             assert set(plain["resources"]) == there - {"kustomization.yaml"}
             assert plain["namespace"] == "space"
             for generator in plain.get("configMapGenerator", ()):
@@ -156,7 +157,15 @@ def test_probes_ask_a_route_that_is_there(format_name: str, model: str) -> None:
 @cases
 def test_pods_keep_to_the_restricted_profile(format_name: str, model: str) -> None:
     """https://kubernetes.io/docs/concepts/security/pod-security-standards/"""
-    allowed = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected"}
+    allowed = {
+        "configMap",
+        "csi",
+        "downwardAPI",
+        "emptyDir",
+        "ephemeral",
+        "persistentVolumeClaim",
+        "projected",
+    }
     for pod in pods(made(format_name, model=model)):
         whole = pod["securityContext"]
         assert whole["runAsNonRoot"] is True
@@ -251,11 +260,13 @@ def test_manifests_are_valid_for_the_api(format_name: str, model: str) -> None:
     for path, plain in manifests(made(format_name, model=model, labels="team=search", **given)):
         if plain["kind"] == "InferenceService":
             predictor = {k: v for k, v in plain["spec"]["predictor"].items() if not k.endswith("Replicas")}
-            plain = {"apiVersion": "v1", "kind": "Pod", "metadata": plain["metadata"], "spec": predictor}
+            checked = {"apiVersion": "v1", "kind": "Pod", "metadata": plain["metadata"], "spec": predictor}
         elif plain["kind"] in own:
             continue
+        else:
+            checked = plain
         for version in VERSIONS:
-            validator.validate(plain, version, strict=True)
+            validator.validate(checked, version, strict=True)
         seen.add(path)
     assert len(seen) >= 6
 
@@ -337,85 +348,6 @@ def test_the_readme_has_three_commands() -> None:
         text = text_of(made(format_name, model=model), "README.md")
         blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
         assert [len(block.strip().splitlines()) for block in blocks] == [1, 1, 1]
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("", "it is empty"),
-        ("My-Space", "lower-case"),
-        ("my space", "' '"),
-        ("my_space", "'_'"),
-        ("-space", "hyphen"),
-        ("space-", "hyphen"),
-        ("x" * 64, "64 characters"),
-        ("a.b", "'.'"),
-        ("räume", "'ä'"),
-    ],
-)
-def test_a_bad_namespace_is_refused_with_a_reason_and_a_good_one(text: str, reason: str) -> None:
-    with pytest.raises(UserError, match=re.escape(reason)) as caught:
-        made(namespace=text)
-    found = re.search(r"for example '([^']+)'", str(caught.value))
-    assert found
-    check_namespace(found[1])
-
-
-def test_near_names_are_valid() -> None:
-    for text in ("", "-", "x" * 62 + "--y", "ÄÖ", "A" * 99):
-        check_namespace(near_name(text))
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("team", "has no value"),
-        ("team=a,team=b", "given twice"),
-        ("app.kubernetes.io/name=x", "Kubernetes' own"),
-        ("k8s.io/x=y", "Kubernetes' own"),
-        ("te am=x", "for example 'te-am'"),
-        ("team=a b", "for example 'a-b'"),
-        ("team=" + "x" * 64, "at most 63"),
-        ("=x", "for example 'team'"),
-        ("UPPER.example/x=y", "at most a domain"),
-        ("/x=y", "at most a domain"),
-        ("team=-x", "first and the last"),
-    ],
-)
-def test_bad_labels_are_refused_with_a_reason(text: str, reason: str) -> None:
-    with pytest.raises(UserError, match=re.escape(reason)):
-        made(labels=text)
-
-
-def test_good_labels() -> None:
-    assert parse_labels("a=b, example.org/C_d=1.0-x,e=") == {"a": "b", "example.org/C_d": "1.0-x", "e": ""}
-    assert parse_labels(None) == {}
-
-
-@pytest.mark.parametrize(
-    ("given", "reason"),
-    [
-        ({"image": "Expert:1"}, "lower-case"),
-        ({"image": "expert"}, "tag of its own"),
-        ({"namespace": "kube-system"}, "Kubernetes' own"),
-        ({"min_replicas": "5"}, "over max_replicas=4"),
-        ({"min_replicas": "0"}, "from 1 to"),
-        ({"max_replicas": "many"}, "whole number"),
-        ({"storage_class": "fast"}, "model=volume"),
-        ({"storage_class": "Fast", "model": "volume"}, "for example 'fast'"),
-        ({"gpus": "2"}, "on the CPU"),
-        ({"namspace": "x"}, "did you mean 'namespace'"),
-        ({"model": "volumes"}, "did you mean 'volume'"),
-    ],
-)
-def test_bad_options_are_refused(given: dict[str, str], reason: str) -> None:
-    with pytest.raises(UserError, match=re.escape(reason)):
-        made(**given)
-
-
-def test_an_image_must_be_named() -> None:
-    with pytest.raises(UserError, match=re.escape("--option image=REGISTRY/my-expert:1")):
-        files_of("kubernetes", make_facts())
 
 
 def test_the_same_facts_give_the_same_bytes() -> None:

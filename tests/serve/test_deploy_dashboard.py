@@ -6,8 +6,9 @@ import json
 import re
 
 import pytest
-from deploy import dashboard
 from endpoint import Endpoint
+
+from deploy import dashboard
 
 _STRINGS = re.compile(r'"(?:[^"\\]|\\.)*"')
 _LABELS = re.compile(r"\b(?:by|without|on|ignoring|group_left|group_right)\s*\([^)]*\)|\{[^}]*\}|\[[^\]]*\]")
@@ -16,7 +17,7 @@ _OPERATORS = {"and", "or", "unless", "bool", "offset", "inf", "nan"}
 
 
 def metrics_in(expression: str) -> set[str]:
-    """Return the metrics of a PromQL expression: names that no parenthesis follows, labels and ranges apart."""
+    """Return the metrics of a PromQL expression: names before no parenthesis, labels and ranges apart."""
     bare = _LABELS.sub(" ", _STRINGS.sub(" ", expression))
     return {name for name in _NAME.findall(bare) if name.lower() not in _OPERATORS}
 
