@@ -34,7 +34,7 @@ class File:
     executable: bool = False
 
 
-def render(template: str, **values: Any) -> str:
+def render(template: str, /, **values: Any) -> str:
     """Return a template of ``deploy/templates`` filled in; a value that is not given is an error.
 
     Filters: ``shell`` quotes for POSIX shells, ``yaml`` for YAML (and JSON), ``dockerenv`` for ``ENV`` and
@@ -43,7 +43,7 @@ def render(template: str, **values: Any) -> str:
     return _environment().get_template(template).render(**values)
 
 
-def text_file(path: str, template: str, *, executable: bool = False, **values: Any) -> File:
+def text_file(path: str, template: str, /, *, executable: bool = False, **values: Any) -> File:
     """Return a file made from a template."""
     return File(path, render(template, **values).encode(), executable)
 

@@ -35,14 +35,16 @@ def plan(
     context_tokens: int | None = None,
     parallel: int | None = None,
     num_threads: int | None = None,
+    buffer_bytes_per_token: int = 0,
     source: str = "planned",
     measured_in: str | None = None,
 ) -> Sizing:
     """Return context, requests at once and memory.
 
     Without a budget: 4,096 tokens, at most the model's ``context_limit``, for 4 requests, unless asked
-    otherwise. With one: as many of the 4 requests as keep that context, then the longest context that fits,
-    both shorter and longer; what is asked for is kept.
+    otherwise. With a budget: as many of the 4 requests as keep that context, then the longest context that
+    fits, be it shorter or longer; what is asked for is kept. ``buffer_bytes_per_token`` is what each token of
+    the context takes once, however many requests there are.
 
     Raises:
         UserError: the context or the number of requests cannot be.
@@ -52,7 +54,7 @@ def plan(
     fixed = weights_bytes + overhead_bytes
 
     def limit(context: int, requests: int) -> int:
-        return _grant(fixed + context * requests * cache_bytes_per_token)
+        return _grant(fixed + context * (requests * cache_bytes_per_token + buffer_bytes_per_token))
 
     usual = min(context_tokens or DEFAULT_CONTEXT_TOKENS, context_limit)
     chosen = (usual, parallel or DEFAULT_PARALLEL)
@@ -64,19 +66,24 @@ def plan(
         asked = range(DEFAULT_PARALLEL, 0, -1) if parallel is None else [parallel]
         requests = next((count for count in asked if limit(usual, count) <= budget), asked[-1])
         longest = context_tokens or _longest(
-            budget, fixed, cache_bytes_per_token * requests, least[0], context_limit
+            budget,
+            fixed,
+            cache_bytes_per_token * requests + buffer_bytes_per_token,
+            least[0],
+            context_limit,
         )
         chosen = (longest, requests)
     context, requests = chosen
     cache = context * requests * cache_bytes_per_token
+    overhead = overhead_bytes + context * buffer_bytes_per_token
     return Sizing(
         context_tokens=context,
         parallel=requests,
         num_threads=num_threads,
         weights_bytes=weights_bytes,
         cache_bytes=cache,
-        overhead_bytes=overhead_bytes,
-        memory_bytes=fixed + cache,
+        overhead_bytes=overhead,
+        memory_bytes=weights_bytes + cache + overhead,
         memory_limit_bytes=limit(context, requests),
         source=source,
         measured_in=measured_in,

@@ -37,14 +37,17 @@ _KUBERNETES = (
     Option("storage_class", None, "storage class of the model's volume; the cluster's own when not given"),
     _GPUS,
 )
-_SYSTEM = Option("system", None, "system prompt")
+_SYSTEM = Option("system", None, "system text of every chat that has none")
+_PREFIX = Option("prefix", None, "folder of the service on its machine; /opt/NAME when not given")
+_HOST = Option("host", "127.0.0.1", "address to listen on")
+_PORT = Option("port", "8000", "port to listen on")
 
 TARGETS: Mapping[str, Target] = {
     "bundle": Target("bundle", "deploy.bundle", _LIGHT, (_PLATFORM, _PYTHON)),
     "ollama": Target("ollama", "deploy.ollama", frozenset({"gguf"}), (_SYSTEM,)),
     "docker": Target("docker", "deploy.docker", _ALL, _DOCKER),
     "kubernetes": Target("kubernetes", "deploy.kubernetes", _ALL, _KUBERNETES),
-    "systemd": Target("systemd", "deploy.systemd", _ALL),
+    "systemd": Target("systemd", "deploy.systemd", _ALL, (_PREFIX, _HOST, _PORT)),
 }
 
 

@@ -48,7 +48,7 @@ ARROWS: dict[str, set[str]] = {
     "cusprun.cli": EVERYTHING,
     "cusprun.__main__": {"cusprun.cli"},
     "cusprun": EVERYTHING,
-    "deploy": {"cusprun.errors"},
+    "deploy": {"cusprun.errors", "cusprun.records", "serve.runtimes.chat_template"},
     "exporters": BASE | {"cusprun.checkpoint", "cusprun.families"},
     "serve.child_guard": set(),
     "serve.child_process": set(),

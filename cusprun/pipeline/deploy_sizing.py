@@ -18,8 +18,20 @@ if TYPE_CHECKING:
 _MIB = 2**20
 _PEAK = "peak_memory_bytes"
 
-SERVER_BYTES: Mapping[str, int] = {"llamacpp": 200 * _MIB, "onnx": 250 * _MIB, "vllm": 2000 * _MIB}
-"""What the processes of a server hold beside model and cache, by engine."""
+FRONT_BYTES = 80 * _MIB
+"""What ``cusprun serve`` holds itself, once it has answered: 68 MiB, and 10 of the guard of its engine."""
+
+ENGINE_BYTES: Mapping[str, int] = {"llamacpp": 40 * _MIB, "onnx": 30 * _MIB, "vllm": 2500 * _MIB}
+"""What an engine holds beside model and cache, measured as the resident memory of its processes with models
+of 2 MB (xllamacpp 2026.10, onnxruntime-genai 0.18), and a small one in vLLM 0.32, whose cache was 1 GB of 3.5.
+"""
+
+COPIES: Mapping[str, int] = {"llamacpp": 1, "onnx": 3, "vllm": 1}
+"""How often weights are in memory at most: onnxruntime has the file, its tensors, and these laid out anew for
+its kernels, while it starts (2.6 times the file, measured with 140 MB; embeddings are not laid out anew)."""
+
+_BATCH_TOKENS = 512  # llama.cpp works on so many tokens of a prompt at once
+_F32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -47,10 +59,12 @@ def size(artifact: Path, engine: str, context_limit: int, request: Request) -> S
     weights = artifact.stat().st_size if artifact.is_file() else _folder_bytes(artifact)
     cache = work.cache_bytes_per_position
     measured = None if request.results is None else _measured(request.results, engine, artifact)
-    overhead = SERVER_BYTES[engine]
-    if measured is not None:
+    buffers = _Buffers() if engine != "llamacpp" else _llamacpp_buffers(artifact)
+    if measured is None:
+        overhead = FRONT_BYTES + ENGINE_BYTES[engine] + weights * (COPIES[engine] - 1) + buffers.fixed_bytes
+    else:
         held = weights + cache * (measured.context_tokens or 0)
-        overhead += max(0, measured.peak_bytes - held)
+        overhead = FRONT_BYTES + max(0, measured.peak_bytes - held)
     return plan(
         weights,
         cache,
@@ -60,9 +74,30 @@ def size(artifact: Path, engine: str, context_limit: int, request: Request) -> S
         context_tokens=request.context_tokens,
         parallel=request.parallel,
         num_threads=measured.num_threads if measured else None,
+        buffer_bytes_per_token=buffers.bytes_per_token,
         source="measured" if measured else "planned",
         measured_in=measured.library if measured else None,
     )
+
+
+@dataclass(frozen=True)
+class _Buffers:
+    """Work buffers of an engine: a fixed part, and what each token of the context adds."""
+
+    fixed_bytes: int = 0
+    bytes_per_token: int = 0
+
+
+def _llamacpp_buffers(path: Path) -> _Buffers:
+    """Return llama.cpp's for one batch of a prompt: the stream, its norm, its sums and the output of a block,
+    gate and up of the FFN; of the attention the mask, since its scores are never stored."""
+    from cusprun.checkpoint.gguf_header import read_gguf
+
+    file = read_gguf(path)
+    prefix = file.text("general.architecture")
+    hidden, ffn = (file.integer(f"{prefix}.{name}") for name in ("embedding_length", "feed_forward_length"))
+    row_bytes = _BATCH_TOKENS * _F32_BYTES
+    return _Buffers(row_bytes * (4 * hidden + 2 * ffn), row_bytes)
 
 
 _WEIGHT_FILES = ("*.safetensors", "*.onnx", "*.onnx.data", "*.onnx_data")

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from deployable import facts_of
+
 from deploy.facts import Facts, Sizing
 from deploy.own_wheel import own_wheel
 from deploy.render import File
@@ -28,6 +30,8 @@ ODD_NAME = 'it\'s $HOME "a" ${b} $(c) #1: ü\\'
 
 
 def make_facts(format_name: str = "gguf", **changes: Any) -> Facts:
+    """Return facts of an artifact of a format, some of them changed."""
+    names = _FILES[format_name]
     sizing = Sizing(
         context_tokens=2048,
         parallel=2,
@@ -39,30 +43,20 @@ def make_facts(format_name: str = "gguf", **changes: Any) -> Facts:
         memory_limit_bytes=374 * _MIB,
         source="planned",
     )
-    names = _FILES[format_name]
     known: dict[str, Any] = {
         "name": "my-expert",
         "model": "my-expert",
         "format": format_name,
+        "engine": FORMATS[format_name],
         "artifact_name": names[0] if format_name == "gguf" else "expert-folder",
         "artifact_is_folder": format_name != "gguf",
         "artifact_bytes": 90 * _MIB,
         "sha256": {name: hashlib.sha256(name.encode()).hexdigest() for name in names},
-        "engine": FORMATS[format_name],
-        "license": "apache-2.0",
-        "source": "owner/original",
-        "expert": "maths",
-        "chat_template": None,
-        "bos_token": None,
-        "eos_token": None,
-        "stop_strings": (),
-        "system_prompt": None,
-        "context_limit": 8192,
         "cusprun_version": "0.1.0",
         "versions": {} if format_name == "vllm" else {"fastapi": "0.115.0", "xllamacpp": "2026.10.1"},
         "sizing": sizing,
     }
-    return Facts(**{**known, **changes})
+    return facts_of(**{**known, **changes})
 
 
 def files_of(target: str, facts: Facts, **given: str) -> dict[str, File]:
