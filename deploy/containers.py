@@ -44,6 +44,9 @@ _HEALTH = (
 _SERVE_THREADS = 1
 """What the front takes besides the engine's threads; without it the engine's own threads would be slowed."""
 
+_CHECK_MIB = 32
+"""The Python of a health check or of ``ask.py``, which count as the container's memory: 19 MiB resident."""
+
 _PATH_PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _HOST = (
     r"(?:[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?)(?:\.[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?)*(?::[0-9]+)?"
@@ -90,16 +93,25 @@ def shared_mib(facts: Facts) -> int:
     return 1024 if is_gpu(facts) else 0
 
 
+def memory_need_mib(facts: Facts) -> int:
+    """Return the MiB that a container needs: its server's, and what runs beside it there."""
+    return math.ceil(facts.sizing.memory_bytes / 2**20) + _beside_mib(facts)
+
+
+def _beside_mib(facts: Facts) -> int:
+    return shared_mib(facts) + _CHECK_MIB
+
+
 def memory_limit_mib(facts: Facts) -> int | None:
     """Return the MiB to grant; None where no number is known: what vLLM plans is for a CPU, without CUDA."""
     if is_gpu(facts) and facts.sizing.source != "measured":
         return None
-    return facts.sizing.memory_limit_mib + shared_mib(facts)
+    return facts.sizing.memory_limit_mib + _beside_mib(facts)
 
 
 def memory_text(facts: Facts) -> str:
     """Say what memory is needed and granted."""
-    need = math.ceil(facts.sizing.memory_bytes / 2**20) + shared_mib(facts)
+    need = memory_need_mib(facts)
     limit = memory_limit_mib(facts)
     if limit is None:
         return f"{need:,} MiB of memory asked for, without a limit: give --results of a benchmark for one"

@@ -153,11 +153,11 @@ def test_compose_is_closed_and_grants_what_was_planned(format_name: str, model: 
         assert "memory" not in limits, "what vLLM needs beside a GPU is not known before it is measured"
         measured = replace(facts, sizing=replace(facts.sizing, source="measured"))
         limits = compose_of(facts=measured)["services"]["expert"]["deploy"]["resources"]["limits"]
-        assert limits["memory"] == f"{374 + 1024}M"
+        assert limits["memory"] == f"{374 + 32 + 1024}M"
         (device,) = expert["deploy"]["resources"]["reservations"]["devices"]
         assert (device["driver"], device["count"], device["capabilities"]) == ("nvidia", 1, ["gpu"])
     else:
-        assert limits["memory"] == "374M"
+        assert limits["memory"] == f"{374 + 32}M"
         assert "reservations" not in expert["deploy"]["resources"]
     assert limits["cpus"] == "4"
     assert expert["build"]["target"] == ("baked" if model == "baked" else "runtime")

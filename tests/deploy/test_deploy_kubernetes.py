@@ -201,10 +201,10 @@ def test_resources_are_those_that_were_planned(format_name: str, model: str) -> 
                     assert quantity(granted) >= quantity(requests[name]), name
                 if container["name"] == "loader":
                     continue
-                shared = 1024 if format_name == "vllm" else 0
-                assert requests["memory"] == f"{340 + shared}Mi"
+                beside = 32 + (1024 if format_name == "vllm" else 0)
+                assert requests["memory"] == f"{340 + beside}Mi"
                 is_known = format_name != "vllm" or facts is measured
-                assert limits.get("memory") == (f"{374 + shared}Mi" if is_known else None)
+                assert limits.get("memory") == (f"{374 + beside}Mi" if is_known else None)
                 assert (limits.get("nvidia.com/gpu") == "1") == (format_name == "vllm")
 
 
