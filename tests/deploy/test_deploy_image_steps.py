@@ -24,6 +24,7 @@ from parrot import CHAT_ANSWER, CONTEXT_TOKENS, make_parrot
 PREFIX = "/opt/cusprun"
 KEY = "a-key-of-the-test"
 LIMIT_S = 120.0
+HERE = Path(sys.executable).parent
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +43,11 @@ def require_index() -> None:
         pytest.skip("pip reaches no index")
 
 
-def run_steps(stage: dockerfiles.Stage, context: Path, prefix: Path) -> None:
-    """Copy and run what a build stage copies and runs, with ``prefix`` in the place of the image's folder."""
+def run_steps(stage: dockerfiles.Stage, context: Path, prefix: Path, programs: Path) -> None:
+    """Copy and run what a build stage copies and runs, with ``prefix`` in the place of the image's folder.
+
+    ``programs`` has the Python of the base image.
+    """
     work = context.parent / "work"
     work.mkdir()
     for step in stage.instructions:
@@ -58,7 +62,7 @@ def run_steps(stage: dockerfiles.Stage, context: Path, prefix: Path) -> None:
         elif step.name == "RUN":
             words = dockerfiles.Instruction("RUN", rest).words
             shell = ["sh", "-ec", rest.rpartition("/pip ")[2] if rest.startswith("--mount") else rest]
-            path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+            path = f"{programs}{os.pathsep}{os.environ['PATH']}"
             environment = {"PATH": path, "HOME": str(work), **pip_settings()}
             done = subprocess.run(
                 words or shell, cwd=work, env=environment, capture_output=True, text=True, check=False
@@ -88,7 +92,7 @@ def test_the_steps_make_a_server_that_answers(artifact: Path, tmp_path: Path) ->
     assert (context / "original" / artifact.name).read_bytes() == artifact.read_bytes()
     _, stages = dockerfiles.read((context / "Dockerfile").read_text())
     prefix = tmp_path / "opt"
-    run_steps(next(stage for stage in stages if stage.name == "build"), context, prefix)
+    run_steps(next(stage for stage in stages if stage.name == "build"), context, prefix, HERE)
     runtime = next(stage for stage in stages if stage.name == "runtime")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -142,3 +146,27 @@ def test_an_original_of_another_format_is_refused(artifact: Path, tmp_path: Path
     with pytest.raises(ExportError, match="export the original to gguf as well"):
         deploy(artifact, "docker", tmp_path / "out", options={"original": str(folder)})
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.vllm
+def test_cusprun_needs_nothing_that_vllm_does_not_bring(tmp_path: Path) -> None:
+    """The steps of the image for a GPU, with the Python that has vLLM in the place of the base image."""
+    from container_facts import files_of, make_facts, write
+
+    from serve.runtimes.vllm_process import find_python
+
+    python = find_python()
+    context = write(files_of("docker", make_facts("vllm")), tmp_path / "out")
+    _, stages = dockerfiles.read((context / "Dockerfile").read_text())
+    prefix = tmp_path / "opt"
+    run_steps(stages[0], context, prefix, python.parent)
+    (check,) = [step.words for step in stages[1].all("RUN") if step.words]
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(prefix), "HOME": str(tmp_path)}
+    program = (
+        "import sys; from serve.engines import vllm; vllm.require(); import serve.front.run, serve.front.app"
+    )
+    for words in (check[1:], ["-c", program]):
+        done = subprocess.run(
+            [str(python), *words], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
