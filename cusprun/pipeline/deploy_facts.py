@@ -128,7 +128,7 @@ def _files(path: Path) -> dict[str, Path]:
 
 def _plain_name(text: str) -> str:
     """Return a name of lower-case ASCII letters, digits and hyphens, a letter first (RFC 1035)."""
-    ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    ascii_text = unicodedata.normalize("NFKD", text.casefold()).encode("ascii", "ignore").decode()
     name = re.sub(r"[^a-z0-9]+", "-", ascii_text).strip("-")
     name = name if name[:1].isalpha() else f"model-{name}".rstrip("-")
     return name[:_MAX_NAME].rstrip("-")
