@@ -69,6 +69,7 @@ class Facts:
     sizing: Sizing
     adds_bos: bool = False
     sampling: Mapping[str, float] = field(default_factory=dict)
+    original: Facts | None = None
 
 
 @dataclass(frozen=True)

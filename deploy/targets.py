@@ -13,10 +13,30 @@ from deploy.platforms import MACHINES
 _ALL = frozenset({"gguf", "onnx", "vllm"})
 _LIGHT = frozenset({"gguf", "onnx"})
 
+_MODEL = ("baked", "volume")
+
 _PLATFORM = Option(
     "platform", None, "machine that the wheels are for; this one's when not given", tuple(MACHINES)
 )
 _PYTHON = Option("python", None, "Python version there, like 3.12; this one's when not given")
+_GPUS = Option("gpus", "1", "GPUs of one server, for vLLM")
+_DOCKER = (
+    Option("image", None, "name and tag of the image; the model's name and cusprun's version when not given"),
+    Option("model", "volume", "whether the model is mounted or in the image", _MODEL),
+    Option("original", None, "artifact of the same format that is served beside"),
+    Option("port", "8000", "port on this machine's loopback; the original's is the next"),
+    _GPUS,
+)
+_KUBERNETES = (
+    Option("image", None, "name and tag of the image, with its registry; must be given"),
+    Option("model", "baked", "whether the model is in a volume or in the image", _MODEL),
+    Option("namespace", None, "namespace; the model's name when not given"),
+    Option("labels", None, "labels for everything, like team=search,tier=gold"),
+    Option("min_replicas", "1", "servers at least"),
+    Option("max_replicas", "4", "servers at most"),
+    Option("storage_class", None, "storage class of the model's volume; the cluster's own when not given"),
+    _GPUS,
+)
 _SYSTEM = Option("system", None, "system text of every chat that has none")
 _PREFIX = Option("prefix", None, "folder of the service on its machine; /opt/NAME when not given")
 _HOST = Option("host", "127.0.0.1", "address to listen on")
@@ -26,8 +46,8 @@ _PORT = Option("port", "8000", "port to listen on")
 TARGETS: Mapping[str, Target] = {
     "bundle": Target("bundle", "deploy.bundle", _LIGHT, (_PLATFORM, _PYTHON)),
     "ollama": Target("ollama", "deploy.ollama", frozenset({"gguf"}), (_SYSTEM,)),
-    "docker": Target("docker", "deploy.docker", _ALL),
-    "kubernetes": Target("kubernetes", "deploy.kubernetes", _ALL),
+    "docker": Target("docker", "deploy.docker", _ALL, _DOCKER),
+    "kubernetes": Target("kubernetes", "deploy.kubernetes", _ALL, _KUBERNETES),
     "systemd": Target("systemd", "deploy.systemd", _ALL, (_PREFIX, _HOST, _PORT, _VLLM)),
 }
 

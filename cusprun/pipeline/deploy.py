@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +30,7 @@ SUMS_NAME = "SHA256SUMS"
 _EPOCH_VARIABLE = "SOURCE_DATE_EPOCH"
 _EARLIEST_S = 315_532_800  # 1980-01-01, the first date that a zip archive can hold
 _PLATFORM = "platform"
+_ORIGINAL = "original"
 
 
 def deploy(
@@ -76,6 +78,8 @@ def deploy(
         )
     request = Request(memory, context, parallel, None if results is None else Path(results))
     facts = gather(source, format_name, request, progress=progress)
+    if wanted.get(_ORIGINAL) is not None:
+        facts = replace(facts, original=_original(Path(str(wanted[_ORIGINAL])), facts, progress))
     module = load(target)
     module.check(facts, wanted)
     require_space(folder, facts.artifact_bytes)
@@ -83,6 +87,23 @@ def deploy(
     with atomic_folder(folder) as partial:
         write_files(partial, module.files(facts, wanted), facts, root, modified_s)
     return folder
+
+
+def _original(path: Path, facts: Facts, progress: Progress) -> Facts:
+    """Return the facts of an artifact to be served beside, with the same context and requests at once.
+
+    Raises:
+        ExportError: it is of another format.
+    """
+    found = format_of_artifact(path.expanduser())
+    if found != facts.format:
+        raise ExportError(
+            f"the original {path} is a {found} artifact and the expert a {facts.format} one; export the "
+            f"original to {facts.format} as well"
+        )
+    sizing = facts.sizing
+    request = Request(None, sizing.context_tokens, sizing.parallel, None)
+    return gather(path.expanduser(), found, request, progress=progress)
 
 
 def write_files(
