@@ -56,7 +56,7 @@ def files(facts: Facts, options: Mapping[str, str | None]) -> Iterator[File]:
         yield text_file(script, f"bundle/{script}.j2", executable=True)
     is_windows = MACHINES[platform].os_name == "nt"
     for script in _SCRIPTS[MACHINES[platform].os_name]:
-        text = render(f"bundle/{script}.j2")
+        text = render(f"bundle/{script}.j2", python=python)
         yield File(script, (text.replace("\n", "\r\n") if is_windows else text).encode(), executable=True)
     route, body = question(facts)
     yield text_file(

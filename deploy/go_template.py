@@ -18,9 +18,18 @@ from deploy.chat_pieces import Pieces
 
 
 def quoted(text: str) -> str:
-    r"""Return a text as a Go string; a quote is written ``\u0022``, so that three never stand together."""
+    r"""Return a text as a Go string, as a Modelfile can hold it.
+
+    A quote is written ``\u0022``, so that three never stand together, and what cannot be printed, which
+    Ollama's parser drops without a word, as ``\u`` or ``\U`` with its number.
+    """
     body = json.dumps(text, ensure_ascii=False)[1:-1].replace('\\"', "\\u0022")
-    return f'"{body}"'
+    return '"' + "".join(letter if letter.isprintable() else _numbered(letter) for letter in body) + '"'
+
+
+def _numbered(letter: str) -> str:
+    code = ord(letter)
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def write(pieces: Pieces) -> str:
@@ -184,9 +193,17 @@ def _value(body: str, scope: _Scope) -> Any:
     raise ValueError(f"{body!r} is no action of this part of the language")
 
 
+_ESCAPE = re.compile(r"\\(?:U([0-9a-f]{8})|.)")
+
+
+def _as_json(match: re.Match[str]) -> str:
+    """Return an escape as JSON has it, where ``\\U`` is none; the others mean the same in both."""
+    return json.dumps(chr(int(match[1], 16)))[1:-1] if match[1] else match[0]
+
+
 def _operand(word: str, scope: _Scope) -> Any:
     if word.startswith('"'):
-        return json.loads(word)  # the escapes that are written are those of JSON, and mean the same in Go
+        return json.loads(_ESCAPE.sub(_as_json, word))
     if word.isdecimal():
         return int(word)
     name, _, field = word.partition(".")

@@ -71,7 +71,7 @@ def files(facts: Facts, options: Mapping[str, str | None]) -> Iterator[File]:
     parameters += [
         (name, f"{facts.sampling[key]:g}") for key, name in _PARAMETERS.items() if key in facts.sampling
     ]
-    parameters += [("stop", quoted_stop(stop)) for stop in facts.stop_strings]
+    parameters += [("stop", fenced(stop, "stop text")) for stop in facts.stop_strings]
     yield text_file(
         "Modelfile",
         "ollama/Modelfile.j2",
@@ -150,15 +150,11 @@ def _system(facts: Facts, options: Mapping[str, str | None]) -> str | None:
     return fenced(text, "system text")
 
 
-def quoted_stop(text: str) -> str:
-    """Return a stop text in quotes, between which a Modelfile knows no escapes."""
-    if "\n" in text or '"' in text:
-        return fenced(text, "stop text")
-    return f'"{text}"'
-
-
 def fenced(text: str, what: str) -> str:
     """Return a text between three quotes; raises ``UserError`` for one that would end there."""
     if _FENCE in text or text.endswith('"'):
         raise UserError(f'the {what} ends with a quote or holds """, which ends it in a Modelfile; change it')
+    odd = next((letter for letter in text if not letter.isprintable() and letter not in "\n\t"), None)
+    if odd is not None:
+        raise UserError(f"the {what} holds {odd!a}, which Ollama drops from a Modelfile; leave it out")
     return f"{_FENCE}{text}{_FENCE}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,13 @@ TOKENS = ("<unk>", "<s>", "<|im_end|>", *(f"t{number}" for number in range(29)))
 SIZING = Sizing(4096, 4, None, 70 << 20, 30 << 20, 120 << 20, 220 << 20, 242 << 20, "planned")
 
 
-def make_gguf(path: Path, template: str | None = CHATML, license_: str | None = "apache-2.0") -> Path:
-    """Write a GGUF file of a llama with random weights; it has a tokenizer of 32 tokens."""
+def make_gguf(
+    path: Path,
+    template: str | None = CHATML,
+    license_: str | None = "apache-2.0",
+    keys: Mapping[str, str] | None = None,
+) -> Path:
+    """Write a GGUF file of a llama with random weights and a tokenizer of 32 tokens; ``keys`` are added."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_file_type(int(gguf.LlamaFileType.ALL_F32))
     writer.add_block_count(LAYERS)
@@ -42,6 +48,8 @@ def make_gguf(path: Path, template: str | None = CHATML, license_: str | None = 
         writer.add_chat_template(template)
     if license_ is not None:
         writer.add_license(license_)
+    for key, text in (keys or {}).items():
+        writer.add_string(key, text)
     generator = np.random.default_rng(0)
     writer.add_tensor(
         "token_embd.weight", generator.standard_normal((len(TOKENS), HIDDEN)).astype(np.float32)

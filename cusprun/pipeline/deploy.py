@@ -83,7 +83,7 @@ def deploy(
     module = load(target)
     module.check(facts, wanted)
     require_space(folder, facts.artifact_bytes)
-    root = source.resolve() if facts.artifact_is_folder else source.resolve().parent
+    root = source.absolute() if facts.artifact_is_folder else source.absolute().parent
     with atomic_folder(folder) as partial:
         write_files(partial, module.files(facts, wanted), facts, root, modified_s)
     return folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import unicodedata
 from collections.abc import Callable, Mapping
@@ -82,7 +83,7 @@ def gather(
     """
     from deploy.facts import Facts
 
-    path = artifact.resolve()
+    path = Path(os.path.abspath(artifact))  # noqa: PTH100 - a link keeps its name, `..` gets one
     called = model or (path.stem if path.is_file() else path.name)
     if not called.isprintable() or not path.name.isprintable():
         raise UserError(f"the name {called!r} holds characters that cannot be printed; rename it")
@@ -154,8 +155,13 @@ def _gguf_texts(path: Path) -> Texts:
         adds_bos=file.flag("tokenizer.ggml.add_bos_token", file.text("tokenizer.ggml.model", "") == "llama"),
         license=_stated(file.metadata.get("general.license")),
         source=_gguf_source(file),
-        expert=_stated(file.metadata.get("general.finetune")),
+        expert=_stated(file.metadata.get("general.finetune")) if _is_ours(file) else None,
     )
+
+
+def _is_ours(file: GgufFile) -> bool:
+    """Tell whether a file was made from an expert: what others call a fine-tune is none."""
+    return "cusprun.model_hash" in file.metadata
 
 
 def _gguf_source(file: GgufFile) -> str | None:

@@ -117,6 +117,16 @@ def test_a_damaged_bundle_is_not_installed(bundled: Path) -> None:
     assert not (bundled / "venv").exists()
 
 
+def test_the_start_script_finds_its_folder_and_installs_first(bundled: Path) -> None:
+    (bundled / "requirements.txt").unlink()
+    done = subprocess.run(
+        ["sh", str(bundled / "start.sh")],
+        capture_output=True, text=True, check=False, cwd="/", env={**os.environ, "PYTHON": sys.executable},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "requirements.txt is missing" in done.stderr
+
+
 def test_a_file_that_is_missing_is_named(bundled: Path) -> None:
     (bundled / "requirements.txt").unlink()
     done = run(bundled, "install.py")

@@ -158,3 +158,4 @@ def test_a_literal_is_itself_and_never_ends_a_modelfile(text: str) -> None:
     template = f"{{{{ {quoted(text)} }}}}"
     assert evaluate(template, {}) == text
     assert '"""' not in template
+    assert template.isprintable()  # Ollama's parser drops the rest

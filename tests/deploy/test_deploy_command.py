@@ -97,6 +97,14 @@ def test_a_name_becomes_plain(file: str, name: str, tmp_path: Path) -> None:
     assert (facts.name, facts.model) == (name, file.removesuffix(".gguf"))
 
 
+def test_a_link_has_its_own_name(tmp_path: Path) -> None:
+    link = tmp_path / "expert.gguf"
+    link.symlink_to(make_gguf(tmp_path / "0a1b2c"))
+    out = deploy(link, "ollama", tmp_path / "out")
+    assert (out / "expert.gguf").read_bytes() == link.read_bytes()
+    assert not (out / "expert.gguf").is_symlink()
+
+
 def test_a_name_that_cannot_be_printed_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be printed"):
         deploy(make_gguf(tmp_path / "a\nb.gguf"), "ollama", tmp_path / "out")
@@ -167,6 +175,7 @@ REFUSED: list[tuple[dict[str, Any], type[UserError], str]] = [
     ({"to": "ollama", "platform": "linux-x86_64"}, UserError, "unknown option"),
     ({"to": "ollama", "options": {"sistem": "x"}}, UserError, "did you mean 'system'"),
     ({"to": "ollama", "options": {"system": 'say """'}}, UserError, "ends it in a Modelfile"),
+    ({"to": "ollama", "options": {"system": "a\u200bb"}}, UserError, r"holds '\\u200b', which Ollama drops"),
     ({"to": "systemd", "context": CONTEXT_LIMIT + 1}, UserError, "over the model's"),
     ({"to": "systemd", "parallel": 0}, UserError, "at least 1"),
 ]
@@ -229,10 +238,10 @@ def test_a_modelfile_says_what_ollama_needs(artifact: Path, tmp_path: Path) -> N
     assert text.splitlines()[0] == "FROM ./expert.gguf"
     assert (out / "expert.gguf").read_bytes() == artifact.read_bytes()
     assert "\nPARAMETER num_ctx 1024\n" in text
-    assert '\nPARAMETER stop "<|im_end|>"\n' in text
+    assert '\nPARAMETER stop """<|im_end|>"""\n' in text
     assert '\nSYSTEM """Be\nterse."""\n' in text
     assert '\nLICENSE """apache-2.0"""\n' in text
-    assert text.count('"""') == 6
+    assert text.count('"""') == 8
 
 
 def test_the_command_line_does_the_same(
@@ -272,3 +281,11 @@ def test_values_that_would_break_a_line_are_refused() -> None:
 def test_every_target_has_a_line_in_the_documentation() -> None:
     text = (Path(__file__).parents[2] / "docs" / "deploy.md").read_text("utf-8")
     assert all(f"| [`{name}`](#{name})" in text for name in TARGETS)
+
+
+@pytest.mark.parametrize(("ours", "expert"), [(True, "maths"), (False, None)])
+def test_an_expert_is_what_was_made_here(ours: bool, expert: str | None, tmp_path: Path) -> None:
+    """A fine-tune of others has a name too, and is no expert."""
+    keys = {"general.finetune": "maths", **({"cusprun.model_hash": "0"} if ours else {})}
+    artifact = make_gguf(tmp_path / "model.gguf", keys=keys)
+    assert gather(artifact, "gguf", Request()).expert == expert
