@@ -18,20 +18,24 @@ from cusprun.errors import UserError
 from deploy.facts import Facts
 from deploy.own_wheel import own_wheel
 from deploy.platforms import MACHINES, marker_environment, this_platform
-from deploy.render import File, artifact_files, artifact_path, question, text_file
+from deploy.render import File, artifact_files, artifact_path, question, render, text_file
 from deploy.requirements import pinned
 from deploy.wheelhouse import fetch, requirement_lines
 
 _WHEELS = "wheels"
 _PYTHON = re.compile(r"3\.(\d{1,2})")
 _OLDEST_MINOR = 10
+_NOT_ON_WINDOWS = frozenset('<>:"|?*\\')
 _SCRIPTS = {"posix": ("start.sh",), "nt": ("start.bat", "start.ps1")}
 
 
 def check(facts: Facts, options: Mapping[str, str | None]) -> None:
     """Raise ``UserError`` for a platform or a Python that there can be no bundle for."""
-    _platform(options)
+    platform = _platform(options)
     _python(options)
+    odd = next((name for name in (facts.artifact_name, *facts.sha256) if _NOT_ON_WINDOWS & {*name}), None)
+    if MACHINES[platform].os_name == "nt" and odd is not None:
+        raise UserError(f"Windows has no files with names like {odd!r}; rename it")
     if facts.artifact_name.startswith("-"):
         raise UserError(f"the name {facts.artifact_name!r} looks like an option; rename it")
 
@@ -50,9 +54,10 @@ def files(facts: Facts, options: Mapping[str, str | None]) -> Iterator[File]:
     yield File("bundle.json", _settings(facts, platform, python))
     for script in ("install.py", "start.py", "smoke.py"):
         yield text_file(script, f"bundle/{script}.j2", executable=True)
-    for script in _SCRIPTS[MACHINES[platform].os_name]:
-        yield text_file(script, f"bundle/{script}.j2", executable=True)
     is_windows = MACHINES[platform].os_name == "nt"
+    for script in _SCRIPTS[MACHINES[platform].os_name]:
+        text = render(f"bundle/{script}.j2")
+        yield File(script, (text.replace("\n", "\r\n") if is_windows else text).encode(), executable=True)
     route, body = question(facts)
     yield text_file(
         "README.md",

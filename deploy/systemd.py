@@ -1,7 +1,7 @@
 """A systemd service: a hardened unit, its environment file, and an installer of the program beside them.
 
-The folder becomes ``prefix``; the program is installed there from pinned requirements, without cusprun's own
-dependencies, which serving never imports (see ``deploy.bundle``).
+The folder becomes ``prefix``. The program is installed there from pinned requirements, without cusprun's own
+dependencies, which serving never imports (see ``deploy.bundle``); vLLM has an environment of its own.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ def check(facts: Facts, options: Mapping[str, str | None]) -> None:
     """Raise ``UserError`` for a place, an address or a port that cannot be."""
     prefix_of(facts, options)
     _port(options)
+    _plain_path(options.get("vllm") or "", "vllm")
     host = options.get("host") or ""
     if not re.fullmatch(r"[A-Za-z0-9.:-]+", host):
         raise UserError(f"the option host must be an address or a name, not {host!r}")
@@ -49,6 +50,7 @@ def files(facts: Facts, options: Mapping[str, str | None]) -> Iterator[File]:
         "artifact": f"{prefix}/{artifact_path(facts)}",
         "host": options.get("host"),
         "port": _port(options),
+        "vllm": options.get("vllm"),
         "tasks": max(_FEWEST_TASKS, _TASKS_PER_THREAD * (facts.sizing.num_threads or 0)),
         "wheel": wheel_name,
         "route": route,
@@ -66,12 +68,15 @@ def files(facts: Facts, options: Mapping[str, str | None]) -> Iterator[File]:
 
 def prefix_of(facts: Facts, options: Mapping[str, str | None]) -> str:
     """Return the folder on the target machine; raises ``UserError`` for no plain absolute path."""
-    prefix = options.get("prefix") or f"/opt/{facts.name}"
-    if not _PREFIX.fullmatch(prefix) or any(part in (".", "..") for part in prefix.split("/")):
+    return _plain_path(options.get("prefix") or f"/opt/{facts.name}", "prefix")
+
+
+def _plain_path(path: str, option: str) -> str:
+    if not _PREFIX.fullmatch(path) or any(part in (".", "..") for part in path.split("/")):
         raise UserError(
-            f"the option prefix must be an absolute path of letters, digits, dots, hyphens, not {prefix!r}"
+            f"the option {option} must be an absolute path of letters, digits, dots, hyphens, not {path!r}"
         )
-    return prefix
+    return path
 
 
 def _port(options: Mapping[str, str | None]) -> int:

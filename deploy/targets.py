@@ -40,6 +40,7 @@ _KUBERNETES = (
 _SYSTEM = Option("system", None, "system text of every chat that has none")
 _PREFIX = Option("prefix", None, "folder of the service on its machine; /opt/NAME when not given")
 _HOST = Option("host", "127.0.0.1", "address to listen on")
+_VLLM = Option("vllm", "/opt/vllm", "environment with vLLM there, for folders that it serves")
 _PORT = Option("port", "8000", "port to listen on")
 
 TARGETS: Mapping[str, Target] = {
@@ -47,7 +48,7 @@ TARGETS: Mapping[str, Target] = {
     "ollama": Target("ollama", "deploy.ollama", frozenset({"gguf"}), (_SYSTEM,)),
     "docker": Target("docker", "deploy.docker", _ALL, _DOCKER),
     "kubernetes": Target("kubernetes", "deploy.kubernetes", _ALL, _KUBERNETES),
-    "systemd": Target("systemd", "deploy.systemd", _ALL, (_PREFIX, _HOST, _PORT)),
+    "systemd": Target("systemd", "deploy.systemd", _ALL, (_PREFIX, _HOST, _PORT, _VLLM)),
 }
 
 

@@ -23,7 +23,7 @@ FRONT_BYTES = 80 * _MIB
 
 ENGINE_BYTES: Mapping[str, int] = {"llamacpp": 40 * _MIB, "onnx": 30 * _MIB, "vllm": 2500 * _MIB}
 """What an engine holds beside model and cache, measured as the resident memory of its processes with models
-of 2 MB (xllamacpp 2026.10, onnxruntime-genai 0.18), and a small one in vLLM 0.32, whose cache was 1 GB of 3.5.
+of 2 MB (xllamacpp 2026.10, onnxruntime-genai 0.18), and a small one in vLLM 0.32 (3.5 GB, 1 of them cache).
 """
 
 COPIES: Mapping[str, int] = {"llamacpp": 1, "onnx": 3, "vllm": 1}

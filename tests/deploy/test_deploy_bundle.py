@@ -149,6 +149,13 @@ def test_each_system_gets_its_start_script(platform: str, monkeypatch: pytest.Mo
     assert ("start.sh" in names) is not is_windows
 
 
+def test_a_name_that_windows_cannot_have_is_refused_there_alone() -> None:
+    facts = facts_of(artifact_name='a "b".gguf', sha256={'a "b".gguf': ""})
+    bundle.check(facts, OPTIONS)
+    with pytest.raises(UserError, match="Windows has no files"):
+        bundle.check(facts, {**OPTIONS, "platform": "windows-x86_64"})
+
+
 def _can_be_tried() -> bool:
     if sys.platform != "linux" or shutil.which(NO_NETWORK[0]) is None or shutil.which("ip") is None:
         return False

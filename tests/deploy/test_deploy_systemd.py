@@ -18,7 +18,7 @@ from deploy.render import systemd_value
 
 ANALYZE = shutil.which("systemd-analyze")
 MOST_EXPOSURE = 3.0
-OPTIONS: dict[str, str | None] = {"prefix": None, "host": "127.0.0.1", "port": "8000"}
+OPTIONS: dict[str, str | None] = {"prefix": None, "host": "127.0.0.1", "port": "8000", "vllm": "/opt/vllm"}
 ODD_NAME = 'it\'s 100% "odd" $HOME \\ Größe'
 needs_systemd = pytest.mark.skipif(ANALYZE is None, reason="systemd-analyze is not installed")
 
@@ -91,6 +91,12 @@ def test_resources_are_the_planned_ones(made: Made) -> None:
     assert (values["CONTEXT"], values["PARALLEL"], values["OPTIONS"]) == ("4096", "4", "")
 
 
+def test_only_vllm_is_told_where_it_is() -> None:
+    for engine in ("llamacpp", "vllm"):
+        (env,) = [f for f in systemd.files(facts_of(engine=engine), OPTIONS) if f.path.endswith(".env")]
+        assert (b"\nCUSPRUN_VLLM=/opt/vllm\n" in env.content) == (engine == "vllm")  # type: ignore[operator]
+
+
 def test_threads_of_a_measurement_are_kept() -> None:
     facts = facts_of(sizing=replace(SIZING, num_threads=6))
     (env,) = [file for file in systemd.files(facts, OPTIONS) if file.path.endswith(".env")]
@@ -108,6 +114,7 @@ def test_the_installer_is_a_script_that_a_shell_reads(made: Made) -> None:
         ({"prefix": "opt/x"}, "absolute path"),
         ({"prefix": "/opt/../etc"}, "absolute path"),
         ({"prefix": "/opt/a b"}, "absolute path"),
+        ({"vllm": "vllm"}, "vllm must be an absolute path"),
         ({"port": "0"}, "from 1 to"),
         ({"port": "８000"}, "from 1 to"),
         ({"host": "a b"}, "address or a name"),
