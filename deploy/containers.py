@@ -32,8 +32,8 @@ DRAIN_S = 30
 STOP_S = DRAIN_S + 15
 """How long a container is given to end: the drain, and the engine's own end."""
 
-_START_S: Mapping[str, int] = {"gguf": 120, "onnx": 120, "vllm": 900}
-"""How long a start may take; vLLM compiles, as ``serve.engines.protocol`` allows for."""
+_START_S: Mapping[str, int] = {"gguf": 300, "onnx": 300, "vllm": 900}
+"""How long a start may take: 10 GB from a disk of a network; vLLM compiles besides."""
 
 _HOME = "/opt/cusprun"
 _HEALTH = (

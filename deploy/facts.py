@@ -45,6 +45,7 @@ class Facts:
     ``source`` the model it was made from, ``expert`` what it is an expert for. ``adds_bos`` says whether the
     engine puts ``bos_token`` before every prompt by itself. ``sampling`` has the model's own defaults, such
     as ``temperature``. ``versions`` are those of the packages that serve it, installed where this was made.
+    ``original`` is an artifact to be served beside for comparison.
     """
 
     name: str

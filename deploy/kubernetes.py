@@ -110,8 +110,8 @@ def _namespace(facts: Facts, options: Options) -> str:
 
 def _digest(facts: Facts) -> str:
     """Return a hash of the artifact, by which the start script knows what the volume holds."""
-    lines = "".join(f"{digest}  {path}\n" for path, digest in sorted(facts.sha256.items()))
-    return hashlib.sha256(lines.encode()).hexdigest()[:16]
+    lines = [f"{digest}  {path}\n" for path, digest in sorted(facts.sha256.items())]
+    return hashlib.sha256("".join([f"{facts.artifact_name}\n", *lines]).encode()).hexdigest()[:16]
 
 
 def _values(facts: Facts, options: Options) -> dict[str, Any]:
