@@ -7,7 +7,7 @@ STAMP := $(VENV)/.setup-done
 VLLM_VENV ?= .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.setup-done
 PIP := $(PYTHON) -m pip --disable-pip-version-check
-SOURCES := cusprun exporters serve tests benchmarks
+SOURCES := cusprun deploy exporters serve tests benchmarks
 NEED_DATA = test -n "$(DATA)" || { echo "give the data: make $@ DATA=FOLDER (see benchmarks/experts.py)" >&2; exit 2; }
 
 .DEFAULT_GOAL := help

@@ -18,6 +18,7 @@ file inside an installed Python package.
 ``overlap``         how much the irrelevant sets of languages, domains and tasks share
 ``sweep``           the size/quality curve of a model and an expert
 ``serve``           an artifact behind OpenAI's interface, on the engine that suits it
+``deploy``          the files that put an artifact on the machine it is for
 ``run``             a recipe: all of the above in one go
 ``report``          results to one file that says whether to ship the expert
 ``doctor``          what is installed and what works here
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from cusprun.diagnosis import doctor as doctor
     from cusprun.pipeline.artifacts import export as export
     from cusprun.pipeline.bench import bench as bench
+    from cusprun.pipeline.deploy import deploy as deploy
     from cusprun.pipeline.evaluation import evaluate as evaluate
     from cusprun.pipeline.load_test import load_test as load_test
     from cusprun.pipeline.models import import_gguf as import_gguf
@@ -68,6 +70,7 @@ _FUNCTIONS = {
     "serve": "cusprun.pipeline.serving",
     "serve_side_by_side": "cusprun.pipeline.side_by_side",
     "sweep": "cusprun.pipeline.sweep",
+    "deploy": "cusprun.pipeline.deploy",
     "run": "cusprun.pipeline.run",
     "report": "cusprun.pipeline.report",
     "doctor": "cusprun.diagnosis",
@@ -78,6 +81,7 @@ _FUNCTIONS = {
 __all__ = [
     "__version__",
     "bench",
+    "deploy",
     "doctor",
     "errors",
     "evaluate",

@@ -16,17 +16,23 @@ from contextlib import suppress
 _STDIN = 0
 _SIGNALLED = 128  # what shells add to the number of the signal that ended a command
 _NO_COMMAND = 127
+_HAS_GROUPS = hasattr(os, "killpg")
+_ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
+_KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 
 
 def _signal_group(child: "subprocess.Popen[bytes]", number: int) -> None:
     with suppress(ProcessLookupError, PermissionError):  # macOS refuses to signal a group of zombies
-        os.killpg(child.pid, number)
+        if _HAS_GROUPS:
+            os.killpg(child.pid, number)
+        else:  # Windows, where ending is the only signal
+            child.kill()
 
 
 def _end(child: "subprocess.Popen[bytes]", patience_s: float) -> None:
     """Ask the group to end; end what is left after ``patience_s``."""
     _signal_group(child, signal.SIGTERM)
-    timer = threading.Timer(patience_s, _signal_group, (child, signal.SIGKILL))
+    timer = threading.Timer(patience_s, _signal_group, (child, _KILL))
     timer.daemon = True
     timer.start()
 
@@ -45,11 +51,11 @@ def main(arguments: list[str]) -> int:
     except OSError as error:
         print(f"{command[0]} cannot be started: {error.strerror}", file=sys.stderr)  # noqa: T201
         return _NO_COMMAND
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in _ENDING:
         signal.signal(number, lambda *_: _end(child, patience_s))
     threading.Thread(target=_end_with_stdin, args=(child, patience_s), daemon=True).start()
     code = child.wait()
-    _signal_group(child, signal.SIGKILL)  # what the command started and did not end
+    _signal_group(child, _KILL)  # what the command started and did not end
     return code if code >= 0 else _SIGNALLED - code
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("cusprun", "exporters", "serve")
+PACKAGES = ("cusprun", "deploy", "exporters", "serve")
 
 BASE = {
     "cusprun.records",
@@ -49,6 +49,7 @@ ARROWS: dict[str, set[str]] = {
     "cusprun.cli": EVERYTHING,
     "cusprun.__main__": {"cusprun.cli"},
     "cusprun": EVERYTHING,
+    "deploy": {"cusprun.errors", "cusprun.records", "serve.runtimes.chat_template"},
     "exporters": BASE | {"cusprun.checkpoint", "cusprun.families"},
     "serve.child_guard": set(),
     "serve.child_process": set(),

@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from cusprun.cli import artifacts, bench, curves, experts, models, recipes, report, serving
+from cusprun.cli import artifacts, bench, curves, deploy, experts, models, recipes, report, serving
 from cusprun.cli.console import quieten
 from cusprun.errors import CusprunError
 
@@ -32,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for room in (models, experts, curves, artifacts, bench, recipes, report, serving):
+for room in (models, experts, curves, artifacts, bench, recipes, report, serving, deploy):
     room.register(app)
 
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
+import time
 from typing import Any
 
 VARIABLE = "CUSPRUN_LLAMACPP"
 _DRAFT_TOKENS = 8  # at most that many tokens are guessed before the model checks them
+_NAP_S = 3600.0  # a signal ends the process at once; Windows has no call that waits for one
 _DRAFT_P_MIN = 0.6  # a guess less likely than this ends the draft
 
 
@@ -63,7 +64,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 1
     while server.listening_address:
-        signal.pause()
+        time.sleep(_NAP_S)
     return 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -11,8 +11,16 @@ from cusprun.errors import ModelError, reason_of
 from cusprun.records import Message
 
 
-def render_template(source: str, messages: Sequence[Message], bos_text: str, eos_text: str) -> str:
-    """Return the prompt text of a chat, generation prompt included.
+def render_template(
+    source: str,
+    messages: Sequence[Message],
+    bos_text: str,
+    eos_text: str,
+    *,
+    add_generation_prompt: bool = True,
+    clock: Callable[[], datetime] = datetime.now,
+) -> str:
+    """Return the prompt text of a chat, generation prompt included unless told otherwise.
 
     Raises:
         ModelError: the template is broken or refuses the messages.
@@ -28,13 +36,13 @@ def render_template(source: str, messages: Sequence[Message], bos_text: str, eos
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.globals["strftime_now"] = lambda form: clock().strftime(form)
     try:
         return environment.from_string(source).render(
             messages=[{"role": message.role, "content": message.content} for message in messages],
             tools=None,
             documents=None,
-            add_generation_prompt=True,
+            add_generation_prompt=add_generation_prompt,
             bos_token=bos_text,
             eos_token=eos_text,
         )

@@ -1,0 +1,1 @@
+"""Files that put an artifact on the machine it is for; one module per target behind ``deploy.targets``."""
