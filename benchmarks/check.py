@@ -42,7 +42,9 @@ from serve.bench.roofline import decode_work
 EXPERT = Path(__file__).parent / "demo" / "expert.yaml"
 WORKER_FILE = Path(__file__).with_name("check_worker.py")
 DIRECT = Path(__file__).with_name("check_direct.py")
-SMALL = BenchOptions(prompt_lengths=(64,), context_depths=(64,), num_decode_tokens=24, time_limit_s=600.0)
+SMALL = BenchOptions(
+    prompt_lengths=(64,), context_depths=(64,), num_decode_tokens=24, max_pairs=12, time_limit_s=600.0
+)
 WHOLE = BenchOptions(prompt_lengths=(128,), context_depths=(128,), num_decode_tokens=64, time_limit_s=600.0)
 TRIALS = 20
 TARGETS = {"rates": 0.02, "same": 19, "planted": 19, "speedup": 0.95, "memory": 0.01}
