@@ -17,7 +17,9 @@ PACKAGES = ("cusprun", "deploy", "exporters", "serve")
 _DATE = (1980, 1, 1, 0, 0, 0)
 _LEFT_OUT = "__pycache__"
 _WHEEL = "Wheel-Version: 1.0\nGenerator: cusprun\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-_CARRIED = ("METADATA", "entry_points.txt")
+_CARRIED = {"METADATA": ("METADATA", "PKG-INFO"), "entry_points.txt": ("entry_points.txt",)}
+"""What goes into the wheel, and what an installation calls it: an editable one leaves an ``egg-info`` with
+``PKG-INFO`` in the checkout, which is found first from there."""
 
 
 def own_wheel() -> tuple[str, bytes]:
@@ -34,8 +36,8 @@ def own_wheel() -> tuple[str, bytes]:
         ) from None
     folder = f"cusprun-{distribution.version}.dist-info"
     entries = dict(_sources())
-    for name in _CARRIED:
-        text = distribution.read_text(name)
+    for name, sources in _CARRIED.items():
+        text = next(filter(None, map(distribution.read_text, sources)), None)
         if text is not None:
             entries[f"{folder}/{name}"] = text.encode()
     entries[f"{folder}/WHEEL"] = _WHEEL.encode()

@@ -209,3 +209,25 @@ def test_a_bundle_installs_and_answers_without_a_network(kind: str, tmp_path: Pa
         capture_output=True, text=True, check=True, env=environment,
     )  # fmt: skip
     assert not {"torch", "transformers"} & {entry["name"] for entry in json.loads(listed.stdout)}
+
+
+@pytest.mark.parametrize(("folder", "file"), [("x.dist-info", "METADATA"), ("x.egg-info", "PKG-INFO")])
+def test_the_own_wheel_says_its_version_however_cusprun_is_installed(
+    folder: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pip refuses a wheel whose metadata names no version."""
+    import io
+    import zipfile
+    from email import message_from_bytes
+    from importlib import metadata
+
+    from deploy.own_wheel import own_wheel
+
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / file).write_text("Metadata-Version: 2.1\nName: cusprun\nVersion: 7.8\n")
+    monkeypatch.setattr(metadata, "distribution", lambda _: metadata.PathDistribution(tmp_path / folder))
+    name, data = own_wheel()
+    assert name == "cusprun-7.8-py3-none-any.whl"
+    with zipfile.ZipFile(io.BytesIO(data)) as wheel:
+        found = message_from_bytes(wheel.read("cusprun-7.8.dist-info/METADATA"))
+    assert (found["Name"], found["Version"]) == ("cusprun", "7.8")
