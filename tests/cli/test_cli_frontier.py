@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from cusprun.pipeline import sweep as sweeping
 from cusprun.pipeline.curve import SweepReport
 from cusprun.pipeline.frontier import Speed, SpeedOptions
 from serve.bench.records import Interval
+from serve.runtimes.vllm_process import VLLM_VARIABLE
 
 pytest.importorskip("llama_cpp")
 
@@ -362,6 +364,9 @@ def test_an_export_for_vllm_is_measured_in_vllm(work, monkeypatch) -> None:
     """One server is started: that of the original is left out, which takes as long again."""
     from tiny_exports import TinyConfig, make_folder
 
+    made = Path(__file__).parents[2] / ".venv-vllm"  # which is looked for in the current folder
+    if made.is_dir() and not os.environ.get(VLLM_VARIABLE):
+        monkeypatch.setenv(VLLM_VARIABLE, str(made))
     sizes = {"hidden_size": 128, "intermediate_size": 192, "tie_word_embeddings": True}
     shutil.rmtree("model")
     make_folder(work / "model", TinyConfig("llama", sizes))

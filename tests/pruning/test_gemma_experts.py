@@ -1,4 +1,4 @@
-"""Gemma 3 270M as it is downloaded: imported, cut for German and for English, loaded as stock."""
+"""Gemma 3 270M as it is downloaded: imported, cut for German, loaded as stock."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def expert_for(language: str) -> Expert:
     )
 
 
-@pytest.mark.parametrize("language", ["de", "en"])
-def test_an_expert_of_gemma_keeps_its_language(language: str, tmp_path: Path) -> None:
+def test_an_expert_of_gemma_keeps_its_language(tmp_path: Path) -> None:
+    language = "de"  # English takes as long and goes the same way; `make bench-quality` measures both
     manifest = cusprun.prune(
         f"package:{PACKAGE}", expert_for(language), tmp_path / language, ratio=0.15, targets=("gguf:q8_0",)
     )
