@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from serve.bench.measurement import Timing
@@ -38,23 +39,44 @@ def run_in_steps(
     The continuation is given and not the model's own, so that both models do the same work; the choice is
     made all the same, because a user waits for it too.
     """
-    clock = gauges.clock
     engine.clear()
+
+    def step(token: int) -> None:
+        engine.forward([token])
+        engine.choose()
+
+    return timed(
+        len(prompt),
+        lambda: engine.forward(prompt),
+        engine.choose,
+        [partial(step, token) for token in continuation],
+        gauges,
+    )
+
+
+def timed(
+    num_prompt_tokens: int,
+    read: Callable[[], object],
+    choose: Callable[[], object],
+    steps: Sequence[Callable[[], object]],
+    gauges: Gauges,
+) -> Timing:
+    """Time the reading of a prompt, the choice of its first token, and each step after it."""
+    clock = gauges.clock
     energy_start = gauges.joules()
     start = clock()
-    engine.forward(prompt)
+    read()
     prefill_s = clock() - start
-    engine.choose()
+    choose()
     first_s = clock() - start
     energy_first = gauges.joules()
     latencies = []
-    for token in continuation:
+    for step in steps:
         start = clock()
-        engine.forward([token])
-        engine.choose()
+        step()
         latencies.append(clock() - start)
     return Timing(
-        num_prompt_tokens=len(prompt),
+        num_prompt_tokens=num_prompt_tokens,
         prefill_s=prefill_s,
         first_token_s=first_s,
         latencies_s=tuple(latencies),

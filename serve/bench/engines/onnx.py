@@ -9,7 +9,7 @@ from typing import Any
 
 from cusprun.errors import ModelError, reason_of
 from serve.bench.measurement import Job, Timing
-from serve.bench.stepping import Gauges, difference
+from serve.bench.stepping import Gauges, timed
 from serve.runtimes.onnx_folder import read_settings
 from serve.runtimes.onnx_genai import GREEDY, require
 
@@ -72,32 +72,22 @@ class OnnxEngine:
         """
         import numpy as np
 
-        clock = gauges.clock
         options = {**GREEDY, "max_length": self._room, "min_length": self._room}
         params = self._library.GeneratorParams(self._model)
         params.set_search_options(**options)
         generator = self._library.Generator(self._model, params)
         ids = np.array([prompt], dtype=np.int32)
-        energy_start = gauges.joules()
-        start = clock()
-        generator.append_tokens(ids)
-        prefill_s = clock() - start
-        generator.generate_next_token()
-        first_s = clock() - start
-        energy_first = gauges.joules()
-        latencies = []
-        for _ in continuation:
-            start = clock()
+
+        def step() -> None:
             generator.generate_next_token()
             generator.get_next_tokens()
-            latencies.append(clock() - start)
-        return Timing(
-            num_prompt_tokens=len(prompt),
-            prefill_s=prefill_s,
-            first_token_s=first_s,
-            latencies_s=tuple(latencies),
-            prompt_joules=difference(energy_start, energy_first),
-            decode_joules=difference(energy_first, gauges.joules()),
+
+        return timed(
+            len(prompt),
+            lambda: generator.append_tokens(ids),
+            generator.generate_next_token,
+            [step] * len(continuation),
+            gauges,
         )
 
     def close(self) -> None:
