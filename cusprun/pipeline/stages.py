@@ -16,6 +16,7 @@ from cusprun.progress import SILENT, Progress
 from cusprun.records import GRANULARITIES, Corpora, Expert, Manifest, NeuronManifest, Plan
 from cusprun.resolve import StrPath, as_paths, resolve
 from cusprun.walk.device import CPU, DEFAULT_DEVICE, Device, open_device
+from cusprun.walk.workspace import DEFAULT_WORKSPACE, Workspace
 
 if TYPE_CHECKING:
     from cusprun.checkpoint.index import CheckpointIndex
@@ -27,15 +28,24 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A model that was found and checked; ``source`` is what reports call it, ``device`` is to run it."""
+    """A model that was found and checked; ``source`` is what reports call it, ``device`` is to run it.
+
+    ``workspace`` is what running it may use.
+    """
 
     index: CheckpointIndex
     model_hash: str
     source: str
     device: Device = CPU
+    workspace: Workspace = DEFAULT_WORKSPACE
 
 
-def open_model(model: StrPath, progress: Progress = SILENT, device: Device = CPU) -> OpenModel:
+def open_model(
+    model: StrPath,
+    progress: Progress = SILENT,
+    device: Device = CPU,
+    workspace: Workspace = DEFAULT_WORKSPACE,
+) -> OpenModel:
     """Resolve a model, check its headers and hash its weights."""
     from cusprun.checkpoint.index import model_hash, open_checkpoint
     from cusprun.walk.shell import load_config
@@ -46,7 +56,7 @@ def open_model(model: StrPath, progress: Progress = SILENT, device: Device = CPU
     with progress.stage("hashing the model", 1) as advance:
         digest = model_hash(index)
         advance(1)
-    return OpenModel(index, digest, located.source, device)
+    return OpenModel(index, digest, located.source, device, workspace)
 
 
 def as_expert(expert: StrPath | Expert) -> Expert:
@@ -320,6 +330,7 @@ def _write(
         measure=bool(corpora.held_out),
         max_shard_bytes=wishes.shard_bytes or DEFAULT_SHARD_BYTES,
         device=opened.device,
+        workspace=opened.workspace,
         progress=progress,
     )
 
@@ -351,6 +362,7 @@ def scored(opened: OpenModel, expert: Expert, corpora: Corpora, progress: Progre
             corpus_hash=corpus_hash,
             expert_name=expert.name,
             device=opened.device,
+            workspace=opened.workspace,
             progress=progress,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -93,7 +94,9 @@ def _keep_output(
 
 
 @contextmanager
-def dense_stream(shell: DecoderShell, batches: Sequence[Batch]) -> Iterator[DenseStream]:
+def dense_stream(
+    shell: DecoderShell, batches: Sequence[Batch], folder: Path | None = None
+) -> Iterator[DenseStream]:
     """Yield the stream before block 0, over the documents of ``batches``.
 
     Its three files take 12 bytes for each padded token and entry of a hidden state.
@@ -101,7 +104,7 @@ def dense_stream(shell: DecoderShell, batches: Sequence[Batch]) -> Iterator[Dens
     width = shell.index.shape.hidden_size
     with ExitStack() as stack:
         hidden, attended, ffn = (
-            stack.enter_context(spilled(batches, width, device=shell.device)) for _ in range(3)
+            stack.enter_context(spilled(batches, width, folder, device=shell.device)) for _ in range(3)
         )
         shell.embed_into(hidden, batches)
         yield DenseStream(shell, len(batches), (hidden, attended, ffn))

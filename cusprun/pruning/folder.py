@@ -39,6 +39,7 @@ from cusprun.version import __version__
 from cusprun.walk.device import CPU, Device
 from cusprun.walk.fallback import Batching, with_smaller_batches
 from cusprun.walk.shell import load_config
+from cusprun.walk.workspace import DEFAULT_WORKSPACE, Workspace
 
 MANIFEST_NAME = "cusprun.json"
 CARD_NAME = "README.md"
@@ -82,6 +83,7 @@ def write_expert(
     measure: bool = True,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     device: Device = CPU,
+    workspace: Workspace = DEFAULT_WORKSPACE,
     progress: Progress = SILENT,
 ) -> Manifest:
     """Write the pruned model that ``plan`` describes into the folder ``out``, whole or not at all.
@@ -108,17 +110,15 @@ def write_expert(
     def work(batching: Batching) -> Manifest:
         with atomic_folder(out) as folder:
             started = time.monotonic()
-            options: dict[str, Any] = {"batching": batching, "device": device, "progress": progress}
-            write = partial(_write_model, index, plan, max_shard_bytes=max_shard_bytes, **options)
-            made = _made(write, folder, corpora.calibration, settings, device, progress)
+            measuring: dict[str, Any] = {"device": device, "workspace": workspace, "progress": progress}
+            write = partial(
+                _write_model, index, plan, max_shard_bytes=max_shard_bytes, batching=batching, **measuring
+            )
+            made = _made(write, folder, corpora.calibration, settings, **measuring)
             copy_carried_files(index.folder, folder)
             seconds = {**provenance.seconds, "refit_and_write": time.monotonic() - started}
             written = open_checkpoint(folder)
-            quality = (
-                measure_likelihood(written, corpora.held_out, index, device=device, progress=progress)
-                if measure
-                else ()
-            )
+            quality = measure_likelihood(written, corpora.held_out, index, **measuring) if measure else ()
             told = replace(provenance, seconds=seconds)
             manifest = _manifest(index, written, plan, corpora, told, made, quality, device)
             dump_json(manifest, folder / MANIFEST_NAME)
@@ -146,13 +146,15 @@ def _made(
     folder: Path,
     documents: Sequence[TokenizedDocument],
     settings: RefitSettings,
-    device: Device,
-    progress: Progress,
+    **measuring: Any,
 ) -> _Made:
-    """Write config and weights, by the target that ``auto`` stands for where that is asked."""
+    """Write config and weights, by the target that ``auto`` stands for where that is asked.
+
+    ``measuring`` holds the options of :func:`choose_target`.
+    """
     choice = None
     if settings.mode == "refit" and settings.target == "auto":
-        choice = choose_target(write, documents, settings, folder / "trial", device=device, progress=progress)
+        choice = choose_target(write, documents, settings, folder / "trial", **measuring)
         settings = replace(settings, target=choice.target)
     return _Made(write(folder, documents, settings), settings, choice)
 

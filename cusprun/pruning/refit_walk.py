@@ -30,6 +30,7 @@ from cusprun.walk.device import CPU, Device
 from cusprun.walk.fallback import DEFAULT_BATCHING, Batching, on_device_or_host
 from cusprun.walk.shell import DecoderShell
 from cusprun.walk.spill import Spill, spilled
+from cusprun.walk.workspace import DEFAULT_WORKSPACE, Workspace
 
 _NORM_EPSILON = 1e-6
 """What norms add to a mean square before they divide by its root."""
@@ -335,6 +336,7 @@ def refit_walk(
     *,
     device: Device = CPU,
     batching: Batching = DEFAULT_BATCHING,
+    workspace: Workspace = DEFAULT_WORKSPACE,
 ) -> Iterator[RefitWalk]:
     """Yield a walk before block 0, which :meth:`RefitWalk.refit_block` takes past each kept block in turn.
 
@@ -350,18 +352,19 @@ def refit_walk(
         settings = replace(settings, held_out=0, anchors=0)
     documents = (*documents, *anchor_documents(documents, index, settings.anchors))
     batches = make_batches(documents, batching.tokens)
+    folder = workspace.folder
     with (
         device.exact(),
         ExitStack() as stack,
-        spilled(batches, index.shape.hidden_size, device=device) as hidden,
-        spilled(batches, index.shape.hidden_size, device=device) as attended,
-        spilled(batches, axis_length("heads", index.shape), device=device) as heads,
-        spilled(batches, axis_length("ffn", index.shape), device=device) as channels,
+        spilled(batches, index.shape.hidden_size, folder, device=device) as hidden,
+        spilled(batches, index.shape.hidden_size, folder, device=device) as attended,
+        spilled(batches, axis_length("heads", index.shape), folder, device=device) as heads,
+        spilled(batches, axis_length("ffn", index.shape), folder, device=device) as channels,
     ):
         shell = DecoderShell(index, device)
         shell.embed_into(hidden, batches)
         weights = token_weights(batches, documents, settings)
         dense = None
         if settings.mode == "refit" and settings.target == "residual":
-            dense = stack.enter_context(dense_stream(shell, batches))
+            dense = stack.enter_context(dense_stream(shell, batches, folder))
         yield RefitWalk(shell, batches, weights, settings, (hidden, attended, heads, channels), dense)

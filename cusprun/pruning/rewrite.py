@@ -21,6 +21,7 @@ from cusprun.pruning.slicing import cut_tensor
 from cusprun.records import LayerPlan, LayerRefit, Plan, TokenizedDocument
 from cusprun.walk.device import CPU, Device
 from cusprun.walk.fallback import DEFAULT_BATCHING, Batching
+from cusprun.walk.workspace import DEFAULT_WORKSPACE, Workspace
 
 DEFAULT_SETTINGS = RefitSettings()
 BlockFitter = Callable[[int, LayerPlan], BlockRefit]
@@ -50,6 +51,7 @@ def write_weights(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     device: Device = CPU,
     batching: Batching = DEFAULT_BATCHING,
+    workspace: Workspace = DEFAULT_WORKSPACE,
     progress: Progress = SILENT,
 ) -> WrittenWeights:
     """Write the cut weights into ``folder``; with ``documents`` the last projections are refit on them.
@@ -68,7 +70,7 @@ def write_weights(
     with (
         CheckpointWriter(folder, _declare(stored, plan), max_shard_bytes) as writer,
         progress.stage(name, len(plan.layers), "layer") as advance,
-        _fitter(index, fitted_on, settings, device, batching) as fit,
+        _fitter(index, fitted_on, settings, device, batching, workspace) as fit,
     ):
         for spec in index.family.specs(0):
             if spec.name in index.tensors:
@@ -127,9 +129,12 @@ def _fitter(
     settings: RefitSettings,
     device: Device,
     batching: Batching,
+    workspace: Workspace,
 ) -> Iterator[BlockFitter]:
     if documents:
-        with refit_walk(index, documents, settings, device=device, batching=batching) as walk:
+        with refit_walk(
+            index, documents, settings, device=device, batching=batching, workspace=workspace
+        ) as walk:
             yield walk.refit_block
     else:
         yield lambda _layer, kept: BlockRefit({}, (), kept)

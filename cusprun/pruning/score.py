@@ -33,6 +33,7 @@ from cusprun.walk.device import CPU, Device
 from cusprun.walk.fallback import Batching, with_smaller_batches
 from cusprun.walk.shell import DecoderShell
 from cusprun.walk.spill import Spill, spilled
+from cusprun.walk.workspace import DEFAULT_WORKSPACE, Workspace
 
 
 def score_model(
@@ -44,6 +45,7 @@ def score_model(
     corpus_hash: str,
     expert_name: str = "",
     device: Device = CPU,
+    workspace: Workspace = DEFAULT_WORKSPACE,
     progress: Progress = SILENT,
 ) -> Path:
     """Score a model on the calibration documents and write an impact store.
@@ -65,7 +67,7 @@ def score_model(
 
     def work(batching: Batching) -> None:
         with atomic_folder(out) as folder:
-            _score_into(folder, index, corpora, info, batching, device, progress)
+            _score_into(folder, index, corpora, info, batching, device, workspace, progress)
 
     with_smaller_batches(device, work)
     return out
@@ -78,6 +80,7 @@ def _score_into(
     info: StoreInfo,
     batching: Batching,
     device: Device,
+    workspace: Workspace,
     progress: Progress,
 ) -> None:
     """Write the files of a store."""
@@ -85,7 +88,7 @@ def _score_into(
     num_layers = index.shape.num_hidden_layers
     with (
         device.exact(),
-        spilled(batches, index.shape.hidden_size, device=device) as hidden,
+        spilled(batches, index.shape.hidden_size, workspace.folder, device=device) as hidden,
         progress.stage(f"scoring{batching.note}", num_layers * len(batches), "batch") as advance,
     ):
         shell = DecoderShell(index, device)

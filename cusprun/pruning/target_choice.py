@@ -16,6 +16,7 @@ from cusprun.pruning.refit_documents import document_weights, judged_documents
 from cusprun.quality.likelihood import measure_likelihood, perplexity
 from cusprun.records import REFIT_TARGETS, TokenizedDocument
 from cusprun.walk.device import CPU, Device
+from cusprun.walk.workspace import DEFAULT_WORKSPACE, Workspace
 
 WriteModel = Callable[[Path, Sequence[TokenizedDocument], RefitSettings], object]
 """Writes config and weights of an expert that is refit on documents into an empty folder."""
@@ -54,6 +55,7 @@ def choose_target(
     scratch: Path,
     *,
     device: Device = CPU,
+    workspace: Workspace = DEFAULT_WORKSPACE,
     progress: Progress = SILENT,
 ) -> TargetChoice:
     """Make an expert by each target and measure both on calibration documents that neither has seen.
@@ -76,7 +78,11 @@ def choose_target(
         try:
             write(scratch, sides.fit, replace(settings, target=target))
             measured = measure_likelihood(
-                open_checkpoint(scratch), sides.apart, device=device, progress=progress
+                open_checkpoint(scratch),
+                sides.apart,
+                device=device,
+                workspace=workspace,
+                progress=progress,
             )
         finally:
             shutil.rmtree(scratch)

@@ -20,6 +20,7 @@ from cusprun.walk.device import CPU, Device
 from cusprun.walk.fallback import Batching, with_smaller_batches
 from cusprun.walk.shell import DecoderShell
 from cusprun.walk.spill import Spill, spilled
+from cusprun.walk.workspace import DEFAULT_WORKSPACE, Workspace
 
 _HEAD_ROWS = 256
 """Tokens whose logits exist at one time: 256 x 262,144 float32 is 0.27 GB."""
@@ -57,6 +58,7 @@ def measure_likelihood(
     reference: CheckpointIndex | None = None,
     *,
     device: Device = CPU,
+    workspace: Workspace = DEFAULT_WORKSPACE,
     progress: Progress = SILENT,
 ) -> tuple[DocumentLikelihood, ...]:
     """Return each document's likelihood under a model, in the order given.
@@ -70,7 +72,7 @@ def measure_likelihood(
         raise CorpusError("there are no documents to measure on; give the expert more held-out documents")
     models = (index,) if reference is None else (index, reference)
     return with_smaller_batches(
-        device, lambda batching: _likelihoods(models, documents, batching, device, progress)
+        device, lambda batching: _likelihoods(models, documents, batching, device, workspace, progress)
     )
 
 
@@ -79,6 +81,7 @@ def _likelihoods(
     documents: Sequence[TokenizedDocument],
     batching: Batching,
     device: Device,
+    workspace: Workspace,
     progress: Progress,
 ) -> tuple[DocumentLikelihood, ...]:
     """Measure the first of ``models``, with the second as its reference if there is one."""
@@ -89,7 +92,8 @@ def _likelihoods(
         advance = stack.enter_context(progress.stage(f"measuring quality{batching.note}", steps))
         heads = []
         for model in models:
-            hidden = stack.enter_context(spilled(batches, model.shape.hidden_size, device=device))
+            width = model.shape.hidden_size
+            hidden = stack.enter_context(spilled(batches, width, workspace.folder, device=device))
             heads.append(_Head(_run_blocks(model, batches, hidden, device, advance), hidden))
         results: dict[int, DocumentLikelihood] = {}
         for position, batch in enumerate(batches):
