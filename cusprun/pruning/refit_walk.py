@@ -8,7 +8,7 @@ block is fitted on the inputs that the cut and refit blocks before it give, and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +18,7 @@ from cusprun.checkpoint.index import CheckpointIndex
 from cusprun.checkpoint.reader import read_tensor
 from cusprun.codec import Indices
 from cusprun.families import axis_length
-from cusprun.pruning.dense_stream import DenseStream, check_target, dense_stream
+from cusprun.pruning.dense_stream import DenseStream, check_target
 from cusprun.pruning.inputs import Inputs, count_tokens
 from cusprun.pruning.refit import RefitSettings, mean_bias
 from cusprun.pruning.refit_documents import TokenWeights, anchor_documents, token_weights
@@ -27,9 +27,12 @@ from cusprun.records import LayerPlan, LayerRefit, TokenizedDocument
 from cusprun.walk.batches import Batch, make_batches
 from cusprun.walk.device import CPU, Device
 from cusprun.walk.fallback import DEFAULT_BATCHING, Batching, on_device_or_host
+from cusprun.walk.ranks import ALONE, Ranks
 from cusprun.walk.scratch import scratch_of
 from cusprun.walk.shell import DecoderShell
 from cusprun.walk.spill import Spill, spilled
+from cusprun.walk.stream import Stream
+from cusprun.walk.work import Work
 from cusprun.walk.workspace import DEFAULT_WORKSPACE, Workspace
 
 _NORM_EPSILON = 1e-6
@@ -85,27 +88,39 @@ class BlockRefit:
     kept: LayerPlan
 
 
+@dataclass(frozen=True)
+class RefitTexts:
+    """What a refit is fitted on: this rank's batches, what their tokens weigh, and their streams.
+
+    ``hidden`` is the stream of the model that is cut, ``dense`` that of the original where it is the target.
+    """
+
+    batches: tuple[Batch, ...]
+    weights: TokenWeights
+    settings: RefitSettings
+    hidden: Stream
+    dense: Stream | None
+
+
 class RefitWalk:
     """Moves the calibration documents through a model that is being cut; made by :func:`refit_walk`."""
 
     def __init__(
         self,
         shell: DecoderShell,
-        batches: Sequence[Batch],
-        weights: TokenWeights,
-        settings: RefitSettings,
-        spills: tuple[Spill, Spill, Spill, Spill],
+        texts: RefitTexts,
+        spills: tuple[Spill, Spill, Spill],
         dense: DenseStream | None = None,
         workspace: Workspace = DEFAULT_WORKSPACE,
     ) -> None:
         modules = shell.index.family.modules
-        self._shell, self._batches, self._weights, self._settings = shell, batches, weights, settings
-        self._device, self._dense = shell.device, dense
+        self._shell, self._device, self._dense = shell, shell.device, dense
+        self._batches, self._weights, self._settings = texts.batches, texts.weights, texts.settings
         self._scratch, self._ranks = scratch_of(workspace), workspace.ranks
-        self._counts = count_tokens(weights, workspace.ranks)
-        self._hidden, self._attended = spills[:2]
-        self._attention = _Sublayer(modules.attention_output, "heads", spills[2])
-        self._ffn = _Sublayer(modules.mlp_output, "ffn", spills[3])
+        self._counts = count_tokens(texts.weights, workspace.ranks)
+        self._hidden, self._attended = texts.hidden, spills[0]
+        self._attention = _Sublayer(modules.attention_output, "heads", spills[1])
+        self._ffn = _Sublayer(modules.mlp_output, "ffn", spills[2])
 
     def refit_block(self, layer: int, plan: LayerPlan) -> BlockRefit:
         """Fit one block of the model and move the stream past it."""
@@ -129,6 +144,7 @@ class RefitWalk:
                     attention.output = self._attended.read(position)
                     mlp.output = project(position)
                     self._hidden.write(position, self._shell.run(self._hidden.read(position)))
+        self._hidden.turn()
         if self._dense is not None:
             self._dense.leave()
         return result
@@ -175,10 +191,12 @@ class RefitWalk:
 
     def _chosen(self, weight: torch.Tensor, inputs: Inputs, count: int) -> list[int]:
         fetch = self._device.fetch
-        return on_device_or_host(
-            self._device,
-            lambda: inputs.chosen_channels(weight, count),
-            lambda: inputs.fetched(self._device).chosen_channels(fetch(weight), count),
+        return self._ranks.from_first(
+            lambda: on_device_or_host(
+                self._device,
+                lambda: inputs.chosen_channels(weight, count),
+                lambda: inputs.fetched(self._device).chosen_channels(fetch(weight), count),
+            )
         )
 
     def _refitted(
@@ -192,10 +210,12 @@ class RefitWalk:
     ) -> tuple[BlockRefit, torch.Tensor]:
         """Return ``result`` with one projection more, and its new columns in float32 on the device."""
         device = self._device
-        fitted = on_device_or_host(
-            device,
-            lambda: inputs.refitted(weight, keep),
-            lambda: inputs.fetched(device).refitted(device.fetch(weight), keep),
+        fitted = self._ranks.from_first(
+            lambda: on_device_or_host(
+                device,
+                lambda: inputs.refitted(weight, keep),
+                lambda: inputs.fetched(device).refitted(device.fetch(weight), keep),
+            )
         )
         report = LayerRefit(
             layer,
@@ -303,17 +323,17 @@ def _replaced(block: nn.Module, stand_ins: Mapping[str, nn.Module]) -> Iterator[
             block.set_submodule(path, module)
 
 
-@contextmanager
-def refit_walk(
+def refit_texts(
     index: CheckpointIndex,
     documents: Sequence[TokenizedDocument],
     settings: RefitSettings,
+    work: Work,
     *,
     device: Device = CPU,
     batching: Batching = DEFAULT_BATCHING,
-    workspace: Workspace = DEFAULT_WORKSPACE,
-) -> Iterator[RefitWalk]:
-    """Yield a walk before block 0, which :meth:`RefitWalk.refit_block` takes past each kept block in turn.
+    ranks: Ranks = ALONE,
+) -> RefitTexts:
+    """Batch and weigh the documents of a refit, and name the streams of its ``work``.
 
     Raises:
         PlanError: the family has no use for the target ``residual``.
@@ -326,22 +346,48 @@ def refit_walk(
         # The mean is that of the calibration tokens: all of them, and of no others.
         settings = replace(settings, held_out=0, anchors=0)
     documents = (*documents, *anchor_documents(documents, index, settings.anchors))
-    batches = make_batches(documents, batching.tokens)
-    folder = workspace.folder
-    with (
-        device.exact(),
-        ExitStack() as stack,
-        spilled(batches, index.shape.hidden_size, folder, device=device) as hidden,
-        spilled(batches, index.shape.hidden_size, folder, device=device) as attended,
-        spilled(batches, axis_length("heads", index.shape), folder, device=device) as heads,
-        spilled(batches, axis_length("ffn", index.shape), folder, device=device) as channels,
-    ):
-        shell = DecoderShell(index, device)
-        shell.embed_into(hidden, batches)
-        weights = token_weights(batches, documents, settings)
-        dense = None
-        if settings.mode == "refit" and settings.target == "residual":
-            dense = stack.enter_context(dense_stream(shell, batches, folder))
-        yield RefitWalk(
-            shell, batches, weights, settings, (hidden, attended, heads, channels), dense, workspace
+    batches, width = ranks.share(make_batches(documents, batching.tokens)), index.shape.hidden_size
+    is_drifting = settings.mode == "refit" and settings.target == "residual"
+    return RefitTexts(
+        batches,
+        token_weights(batches, documents, settings),
+        settings,
+        work.stream("hidden", batches, width, device),
+        work.stream("dense", batches, width, device) if is_drifting else None,
+    )
+
+
+@contextmanager
+def refit_walk(
+    index: CheckpointIndex,
+    texts: RefitTexts,
+    *,
+    after: int | None = None,
+    device: Device = CPU,
+    workspace: Workspace = DEFAULT_WORKSPACE,
+) -> Iterator[RefitWalk]:
+    """Yield a walk which :meth:`RefitWalk.refit_block` takes past each kept block in turn.
+
+    The streams of ``texts`` are those behind the block ``after``; when it is not given, they are begun.
+    """
+    batches, shape = texts.batches, index.shape
+
+    def spill(width: int) -> AbstractContextManager[Spill]:
+        return spilled(batches, width, workspace.folder, device=device)
+
+    with device.exact(), ExitStack() as stack:
+        attended, heads, channels = (
+            stack.enter_context(spill(width))
+            for width in (shape.hidden_size, axis_length("heads", shape), axis_length("ffn", shape))
         )
+        shell = DecoderShell(index, device)
+        for stream in (texts.hidden, texts.dense):
+            if after is None and stream is not None:
+                shell.embed_into(stream.next, batches)
+                stream.turn()
+        dense = None
+        if texts.dense is not None:
+            added = tuple(stack.enter_context(spill(shape.hidden_size)) for _ in range(2))
+            first = 0 if after is None else after + 1
+            dense = DenseStream(shell, len(batches), texts.dense, (added[0], added[1]), first)
+        yield RefitWalk(shell, texts, (attended, heads, channels), dense, workspace)

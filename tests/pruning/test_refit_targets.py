@@ -30,6 +30,8 @@ from cusprun.pruning.score import score_model
 from cusprun.pruning.store import open_store
 from cusprun.records import Corpora, Expert, LayerPlan, Manifest, Plan, TokenizedDocument
 from cusprun.walk.device import CPU, Device
+from cusprun.walk.work_folder import working
+from cusprun.walk.workspace import DEFAULT_WORKSPACE
 
 CORPORA = Corpora(documents(8, 0, "domain") + documents(4, 1, "task"), documents(2, 2))
 PLAIN = RefitSettings(held_out=0, anchors=0, target="residual")
@@ -194,9 +196,11 @@ def columns(
     index: CheckpointIndex, layers: Sequence[LayerPlan], settings: RefitSettings
 ) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
-    with refit_walk.refit_walk(index, CORPORA.calibration, settings) as walk:
-        for number, layer in enumerate(layers):
-            found |= walk.refit_block(number, layer).weights
+    with working(DEFAULT_WORKSPACE, "refit", "") as work:
+        texts = refit_walk.refit_texts(index, CORPORA.calibration, settings, work)
+        with refit_walk.refit_walk(index, texts) as walk:
+            for number, layer in enumerate(layers):
+                found |= walk.refit_block(number, layer).weights
     return found
 
 
