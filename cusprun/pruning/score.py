@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -65,8 +65,11 @@ def score_model(
         device=device,
     )
 
+    ranks = workspace.ranks
+
     def work(batching: Batching) -> None:
-        with atomic_folder(out) as folder:
+        with ExitStack() as output:
+            folder = ranks.from_first(lambda: output.enter_context(atomic_folder(out)))
             _score_into(folder, index, corpora, info, batching, device, workspace, progress)
 
     with_smaller_batches(device, work)
@@ -84,7 +87,8 @@ def _score_into(
     progress: Progress,
 ) -> None:
     """Write the files of a store."""
-    batches = make_batches(corpora.calibration, batching.tokens)
+    ranks = workspace.ranks
+    batches = ranks.share(make_batches(corpora.calibration, batching.tokens))
     num_layers = index.shape.num_hidden_layers
     with (
         device.exact(),
@@ -97,10 +101,19 @@ def _score_into(
             arrays = empty_arrays(index.shape, len(corpora.calibration))
             for _ in _score_block(shell, layer, batches, hidden, arrays):
                 advance(1)
+            for name in summed_arrays(arrays):
+                arrays[name] = ranks.add(arrays[name])
             require_finite(arrays, index, layer)
-            # Not save_file, whose own error hides that a disk is full.
-            (folder / layer_file(layer)).write_bytes(layer_bytes(info, layer, arrays))
-        dump_json(info, folder / STORE_FILE)
+            if ranks.is_first:
+                # Not save_file, whose own error hides that a disk is full.
+                (folder / layer_file(layer)).write_bytes(layer_bytes(info, layer, arrays))
+        if ranks.is_first:
+            dump_json(info, folder / STORE_FILE)
+
+
+def summed_arrays(arrays: Mapping[str, torch.Tensor]) -> list[str]:
+    """Name the arrays that are of documents, or sums over them; the others are of weights."""
+    return [name for name in arrays if not name.endswith(("weight_squares", "column_squares"))]
 
 
 def store_info(
