@@ -11,12 +11,14 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Annotated, Any, NoReturn
 
 import typer
 
 from cusprun.cli import artifacts, bench, curves, deploy, experts, models, recipes, report, serving
 from cusprun.cli.console import quieten
+from cusprun.cli.json_lines import is_chosen, write_event
 from cusprun.errors import CusprunError
 
 EXIT_INTERRUPTED = 128 + signal.SIGINT
@@ -57,6 +59,9 @@ def _root(
     _debug: Annotated[
         bool, typer.Option("--debug", help="Show tracebacks and the chatter of libraries.")
     ] = False,
+    _log_json: Annotated[
+        bool, typer.Option("--log-json", help="Write progress and messages as lines of JSON.")
+    ] = False,
 ) -> None:
     """Turn a general language model into a smaller expert for one language, domain and task.
 
@@ -80,8 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit code."""
-    debug = os.environ.get(_DEBUG_VARIABLE, "") not in ("", "0") or "--debug" in arguments[:1]
-    quieten(debug)
+    general = [*takewhile(lambda word: word.startswith("-"), arguments)]  # before the command's name
+    debug = os.environ.get(_DEBUG_VARIABLE, "") not in ("", "0") or "--debug" in general
+    quieten(debug, "--log-json" in general)
     with _terminated_gently():
         return _run(arguments, debug)
 
@@ -157,5 +163,8 @@ def _unexpected(error: Exception, debug: bool) -> int:
 def _failed(text: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"error: {text}", file=sys.stderr)  # noqa: T201
+    if is_chosen():
+        write_event("error", text=text, exit_code=code)
+    else:
+        print(f"error: {text}", file=sys.stderr)  # noqa: T201
     return code

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from cusprun.cache import fresh_output
 from cusprun.errors import CorpusError, PlanError, require_known
 from cusprun.pipeline.wishes import DEFAULT_RATIO, PlanWishes, PruneWishes, stores_of, texts_of
+from cusprun.pipeline.workspaces import require_pruning_memory, require_units, workspace_of
 from cusprun.progress import SILENT, Progress
 from cusprun.records import GRANULARITIES, Corpora, Expert, Manifest, NeuronManifest, Plan
 from cusprun.resolve import StrPath, as_paths, resolve
@@ -73,17 +74,20 @@ def score(
     *,
     granularity: str = "unit",
     device: str = DEFAULT_DEVICE,
+    memory: int | str | None = None,
     progress: Progress = SILENT,
 ) -> Path:
     """Score every FFN channel, query head, KV group and block on an expert's documents into a store ``out``.
 
     With ``granularity="neuron"`` the store holds single rows of Q, K and V, columns of O and FFN channels. A
     store of the same model and documents in the cache is copied, and nothing is computed again. ``device`` is
-    ``cpu``, ``cuda``, ``cuda:N`` or ``auto``, which is CUDA where it works.
+    ``cpu``, ``cuda``, ``cuda:N`` or ``auto``, which is CUDA where it works. ``memory``, bytes or a text like
+    ``4GB``, is what the work may take beside files that the system holds in memory as long as it has room;
+    batches are made to fit it.
 
     Raises:
         DeviceError: the device is unknown, does not work or has too little memory.
-        UserError: an unknown granularity.
+        UserError: an unknown granularity, or a memory that is too little; the text says what would do.
         ConfigError: the expert file has faults.
         CorpusError: documents are missing or unreadable.
         ModelError: the model is missing, damaged or holds weights that are not finite.
@@ -93,10 +97,12 @@ def score(
     from cusprun.pipeline.scores import copy_store
 
     require_known(granularity, GRANULARITIES, "granularity")
+    require_units(memory, granularity)
+    workspace = workspace_of(memory)
     where = open_device(device)
     target = fresh_output(out)
     chosen = as_expert(expert)
-    opened = open_model(model, progress, where)
+    opened = open_model(model, progress, where, workspace)
     corpora = corpora_of(opened, chosen, progress)
     if granularity == "neuron":
         store = scored_neurons(opened, chosen, corpora, progress=progress)
@@ -186,6 +192,7 @@ def prune(
     refit_target: str | None = None,
     shard_bytes: int | None = None,
     device: str = DEFAULT_DEVICE,
+    memory: int | str | None = None,
     progress: Progress = SILENT,
 ) -> Manifest | NeuronManifest:
     """Write the smaller model that an expert needs as a Hugging Face folder; return its manifest.
@@ -200,8 +207,8 @@ def prune(
     ``refit_target`` what they aim at: ``output`` (the default), ``residual`` or ``auto`` (see
     ``docs/method.md``). With
     ``granularity="neuron"`` single neurons of every matrix are zeroed by the rule (``paper`` unless given) in
-    ``ratio``, and every shape stays. ``shard_bytes`` bounds a weight file (2 GB). ``device`` is that of
-    :func:`score`. Interrupted and called again, it continues from the scores.
+    ``ratio``, and every shape stays. ``shard_bytes`` bounds a weight file (2 GB). ``device`` and
+    ``memory`` are those of :func:`score`. Interrupted and called again, it continues from the scores.
 
     Raises:
         DeviceError: the device is unknown, does not work or has too little memory.
@@ -213,7 +220,8 @@ def prune(
             target is not for the family.
         StoreError: a store is missing, damaged, given twice or made with other tokens.
         OutputError: ``out`` exists, cannot be written or does not fit on the disk.
-        UserError: a rule, target, kind of unit or dimension is unknown, or wishes contradict one another.
+        UserError: a rule, target, kind of unit or dimension is unknown, wishes contradict one another, or
+            the memory is too little; the text says what would do.
     """
     target = fresh_output(out)
     wishes = PruneWishes(
@@ -233,10 +241,12 @@ def prune(
         plan=plan,
     )
     wishes.check()
+    require_units(memory, granularity)
+    workspace = workspace_of(memory)
     where = open_device(device)
     chosen = as_expert(expert)
     wishes.check_dimensions(chosen)
-    opened = open_model(model, progress, where)
+    opened = open_model(model, progress, where, workspace)
     corpora = corpora_of(opened, chosen, progress)
     if granularity == "neuron":
         from cusprun.pipeline.neurons import prune_neurons
@@ -263,15 +273,17 @@ def prune_opened(
     if wishes.plan is not None:
         made = _given_plan(wishes.plan, opened, wishes.refit)
         wishes.check_family(opened.index.family, made.rule)
+        require_pruning_memory(opened, corpora, wishes.settings(made.rule, opened.index.family))
     else:
         wishes.check_family(opened.index.family, wishes.chosen_rule)
+        settings = wishes.settings(wishes.chosen_rule, opened.index.family)
+        require_pruning_memory(opened, corpora, settings)
         if wishes.max_loss is not None and not corpora.held_out:
             raise CorpusError(
                 f"no document of {expert.name!r} is held out to measure a loss on; give it more documents "
                 "or a larger 'held_out'"
             )
-        mode = wishes.settings(wishes.chosen_rule, opened.index.family).mode
-        if wishes.max_loss is not None and mode == "refit":
+        if wishes.max_loss is not None and settings.mode == "refit":
             unknowns = opened.index.shape.intermediate_size  # the least cut is tried
             _require_tokens(corpora, unknowns, expert, wishes.dimension_weights)
         started = time.monotonic()

@@ -21,6 +21,7 @@ from cusprun.progress import SILENT, Progress
 from cusprun.pruning.card import model_card
 from cusprun.pruning.dense_stream import check_target
 from cusprun.pruning.refit import RefitSettings
+from cusprun.pruning.refit_memory import refitting
 from cusprun.pruning.rewrite import (
     DEFAULT_SETTINGS,
     WrittenWeights,
@@ -36,6 +37,7 @@ from cusprun.quality.likelihood import (
 )
 from cusprun.records import Corpora, Expert, Manifest, Plan, TokenizedDocument
 from cusprun.version import __version__
+from cusprun.walk.budget import batching_within
 from cusprun.walk.device import CPU, Device
 from cusprun.walk.fallback import Batching, with_smaller_batches
 from cusprun.walk.shell import load_config
@@ -98,7 +100,7 @@ def write_expert(
         PlanError: the rule adds biases that the family has no place for, or the family has no use for the
             refit target.
         CorpusError: there is no calibration document to choose the refit target on.
-        UserError: there is no such refit target.
+        UserError: there is no such refit target, or the memory of ``workspace`` is too little.
         DeviceError: the device has too little memory, in smaller batches too.
     """
     compensating_flags(index, plan, settings)
@@ -125,7 +127,9 @@ def write_expert(
             (folder / CARD_NAME).write_text(model_card(manifest), encoding="utf-8")
         return manifest
 
-    return with_smaller_batches(device, work)
+    lengths = [len(document.token_ids) for document in corpora.calibration]
+    batching = batching_within(workspace.memory_bytes, refitting(index, lengths, settings))
+    return with_smaller_batches(device, work, batching)
 
 
 def _write_model(

@@ -17,7 +17,7 @@ from cusprun.errors import CorpusError, ModelError
 from cusprun.families import Modules, TensorSpec
 from cusprun.progress import SILENT, Progress
 from cusprun.pruning.impact import block_impacts, channel_norms, channel_sums, head_impacts, masked_channels
-from cusprun.pruning.magnitude import unit_squares
+from cusprun.pruning.magnitude import squares_along, unit_squares
 from cusprun.pruning.store_layout import (
     STORE_FILE,
     StoredDocument,
@@ -29,6 +29,7 @@ from cusprun.pruning.store_layout import (
 from cusprun.records import Corpora
 from cusprun.version import __version__
 from cusprun.walk.batches import Batch, make_batches
+from cusprun.walk.budget import batching_within, scoring
 from cusprun.walk.device import CPU, Device
 from cusprun.walk.fallback import Batching, with_smaller_batches
 from cusprun.walk.shell import DecoderShell
@@ -55,6 +56,7 @@ def score_model(
         DeviceError: the device has too little memory, in smaller batches too.
         ModelError: weights cannot be read or are not finite.
         OutputError: ``out`` exists already or cannot be written.
+        UserError: the memory of ``workspace`` is too little.
     """
     info = store_info(
         index,
@@ -69,7 +71,9 @@ def score_model(
         with atomic_folder(out) as folder:
             _score_into(folder, index, corpora, info, batching, device, workspace, progress)
 
-    with_smaller_batches(device, work)
+    lengths = [len(document.token_ids) for document in corpora.calibration]
+    batching = batching_within(workspace.memory_bytes, scoring(index, lengths))
+    with_smaller_batches(device, work, batching)
     return out
 
 
@@ -152,7 +156,7 @@ def _score_block(
         "mlp": block.get_parameter(f"{modules.mlp_output}.weight"),
     }
     for name, weight in weights.items():
-        arrays[f"{name}.column_squares"] = fetch(weight.double().square().sum(dim=0))
+        arrays[f"{name}.column_squares"] = fetch(squares_along(weight, 1))
     for kind, squares in unit_squares(block_tensors(shell.index, layer, block), shape).items():
         arrays[f"{kind}.weight_squares"] = fetch(squares)
     column_norms = put(arrays["mlp.column_squares"].sqrt().float())
