@@ -17,8 +17,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from cusprun.cli import artifacts, bench, curves, deploy, experts, models, recipes, report, serving
-from cusprun.cli.console import quieten
-from cusprun.cli.json_lines import is_chosen, write_event
+from cusprun.cli.console import quieten, show_error
 from cusprun.errors import CusprunError
 
 EXIT_INTERRUPTED = 128 + signal.SIGINT
@@ -163,8 +162,5 @@ def _unexpected(error: Exception, debug: bool) -> int:
 def _failed(text: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    if is_chosen():
-        write_event("error", text=text, exit_code=code)
-    else:
-        print(f"error: {text}", file=sys.stderr)  # noqa: T201
+    show_error(text, code)
     return code

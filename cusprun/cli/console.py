@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from cusprun.cli.json_lines import JsonHandler, JsonProgress, is_chosen
+from cusprun.cli.json_lines import JsonHandler, JsonProgress, is_chosen, write_event
 from cusprun.progress import Advance, Progress
 
 if TYPE_CHECKING:
@@ -70,6 +70,14 @@ def quieten(debug: bool, log_json: bool = False) -> None:
         os.environ.setdefault(name, value)
     warnings.simplefilter("ignore")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+def show_error(text: str, exit_code: int) -> None:
+    """Say why a command failed, the way that messages are shown."""
+    if is_chosen():
+        write_event("error", text=text, exit_code=exit_code)
+    else:
+        print(f"error: {text}", file=sys.stderr)  # noqa: T201
 
 
 def shown_progress() -> Progress:

@@ -72,5 +72,5 @@ def pruning_demands(opened: OpenModel, corpora: Corpora, settings: RefitSettings
     held_out = [len(document.token_ids) for document in corpora.held_out]
     demands = [scoring(index, lengths)] if lengths else []
     if lengths and settings.mode != "none":
-        demands.append(refitting(index, lengths, settings))
+        demands.append(refitting(index, lengths, settings, opened.workspace.memory_bytes))
     return [*demands, measuring([index, index], held_out)] if held_out else demands

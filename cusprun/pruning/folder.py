@@ -128,7 +128,8 @@ def write_expert(
         return manifest
 
     lengths = [len(document.token_ids) for document in corpora.calibration]
-    batching = batching_within(workspace.memory_bytes, refitting(index, lengths, settings))
+    demand = refitting(index, lengths, settings, workspace.memory_bytes)
+    batching = batching_within(workspace.memory_bytes, demand)
     return with_smaller_batches(device, work, batching)
 
 

@@ -1,4 +1,4 @@
-"""What the refit takes of memory, and which of its matrices lie in files."""
+"""What the refit takes of memory."""
 
 from __future__ import annotations
 
@@ -7,57 +7,39 @@ from collections.abc import Sequence
 from cusprun.checkpoint.index import CheckpointIndex
 from cusprun.families import axis_length
 from cusprun.pruning.refit import RefitSettings
-from cusprun.walk.batches import DEFAULT_BATCH_TOKENS
-from cusprun.walk.budget import FLOAT, Demand, block_bytes, token_bytes
+from cusprun.walk.budget import FLOAT, MARGIN, Demand, block_bytes, token_bytes
 
 _DOUBLE = 8
-_WEIGHTS = 3
-"""Matrices of a projection's size in float64 while it is solved."""
-
-MAPPED_BYTES = 1 << 26
-"""Matrices that are larger than this, 67 MB, lie in files where memory is short."""
+_SHARE = 12 / 64
+"""Of a bound on memory, what a solve takes: a dozen tensors of at most a 64th, as larger ones lie in files."""
 
 
-def refitting(index: CheckpointIndex, lengths: Sequence[int], settings: RefitSettings) -> Demand:
-    """Return what the refit takes with its large matrices in files.
+def refitting(
+    index: CheckpointIndex, lengths: Sequence[int], settings: RefitSettings, memory_bytes: int | None = None
+) -> Demand:
+    """Return what the refit takes within a bound on memory, or without.
 
     ``lengths`` are those of the documents, in tokens.
     """
-    return _demand(index, lengths, _solving_bytes(index, lengths, settings, MAPPED_BYTES))
+    fixed = {"one block in float32": block_bytes(index)}
+    demand = Demand("the refit", fixed, token_bytes(index, lengths), max(lengths, default=1))
+    solving = _solving_bytes(index, lengths, settings)
+    if memory_bytes is not None:
+        # The least that would do is where the solve's share of it and all else just fill it.
+        least = demand.least_bytes / (1 - MARGIN * _SHARE)
+        solving = min(solving, round(_SHARE * max(memory_bytes, least)))
+    fixed["the least squares"] = solving
+    return demand
 
 
-def scratch_limit(
-    index: CheckpointIndex, lengths: Sequence[int], settings: RefitSettings, memory_bytes: int | None
-) -> int | None:
-    """Return how large a matrix may be that is kept in memory; None when all are.
-
-    They are, where they fit beside the usual batches.
-    """
-    if memory_bytes is None:
-        return None
-    whole = _demand(index, lengths, _solving_bytes(index, lengths, settings, None))
-    return None if whole.total_bytes(DEFAULT_BATCH_TOKENS) <= memory_bytes else MAPPED_BYTES
-
-
-def _demand(index: CheckpointIndex, lengths: Sequence[int], solving: int) -> Demand:
-    fixed = {"one block in float32": block_bytes(index), "the least squares": solving}
-    return Demand("the refit", fixed, token_bytes(index, lengths), max(lengths, default=1))
-
-
-def _solving_bytes(
-    index: CheckpointIndex, lengths: Sequence[int], settings: RefitSettings, limit: int | None
-) -> int:
-    """Return the bytes of the least squares of the widest projection; ``limit`` is that of a matrix."""
+def _solving_bytes(index: CheckpointIndex, lengths: Sequence[int], settings: RefitSettings) -> int:
+    """Return the bytes of the least squares of the widest projection with everything in memory."""
     if settings.mode != "refit":
         return 0
     hidden = index.shape.hidden_size
     width = max(axis_length(axis, index.shape) for axis in ("ffn", "heads"))
-    rows = sum(lengths) + min(settings.anchors, index.shape.vocab_size)
-    matrices = [_DOUBLE * width * hidden] * _WEIGHTS
-    if settings.target != "output":
-        matrices += [_DOUBLE * width * hidden] * 2
-    if rows < width / 2:
-        matrices += [FLOAT * rows * width, *[_DOUBLE * rows * rows] * 3]
-    else:
-        matrices += [FLOAT * width * width, *[_DOUBLE * width * width] * 3]
-    return sum(size for size in matrices if limit is None or size <= limit)
+    tokens = sum(lengths) + min(settings.anchors, index.shape.vocab_size)
+    weights = _DOUBLE * width * hidden * (3 if settings.target == "output" else 5)
+    if 2 * tokens < width:
+        return weights + FLOAT * tokens * width + 3 * _DOUBLE * tokens * tokens
+    return weights + (FLOAT + 3 * _DOUBLE) * width * width

@@ -18,13 +18,8 @@ import torch
 from torch import nn
 
 from cusprun.checkpoint.reader import read_tensor
+from cusprun.walk.budget import HEAD_PIECE_BYTES, HEAD_PIECE_ENTRIES
 from cusprun.walk.shell import DecoderShell
-
-PIECE_BYTES = 1 << 25
-"""Float32 weights of a head in memory at one time, 34 MB, at the most."""
-
-PIECE_ENTRIES = 2048
-"""Entries of the vocabulary whose logits exist at one time, at the most: products run at full rate."""
 
 
 class Head:
@@ -42,7 +37,7 @@ class Head:
     @property
     def piece(self) -> int:
         """Entries of the vocabulary whose weights are in float32 at one time."""
-        return max(1, min(PIECE_ENTRIES, PIECE_BYTES // (4 * self._weight.shape[1])))
+        return max(1, min(HEAD_PIECE_ENTRIES, HEAD_PIECE_BYTES // (4 * self._weight.shape[1])))
 
     def norm(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return last hidden states [tokens, hidden_size] as the projection takes them."""

@@ -23,14 +23,23 @@ MARGIN = 1.1
 """What is taken on top of a sum for the small things that it leaves out."""
 
 FLOAT = 4
-_COPIES = {"hidden": 8, "heads": 5, "kv": 4, "ffn": 5}
-"""Rows of each width that exist for every token at the widest moment of a block."""
+_COPIES = ({"hidden": 4, "heads": 5, "kv": 4}, {"hidden": 6, "heads": 1, "ffn": 5})
+"""Rows of each width that exist for every token at the widest moment of attention, and of the FFN."""
+
+_PRODUCT_ELEMENTS = 1 << 23
+"""Entries of the products of groups of heads in memory at one time, at the most (see ``pruning/impact.py``)."""
 
 _MASK_BYTES = 5
 """For each pair of tokens of a document under a sliding window: a truth value, and what is made from it."""
 
-_HEAD_BYTES = 1 << 28
-"""Two models' pieces of a head and of their logits, in float32 and float64."""
+HEAD_PIECE_BYTES = 1 << 25
+"""Float32 weights of an output projection in memory at one time, 34 MB, at the most."""
+
+HEAD_PIECE_ENTRIES = 2048
+"""Entries of the vocabulary whose logits exist at one time, at the most: products run at full rate."""
+
+_HEAD_COPIES = {"hidden": 6, "entries": 6}
+"""Rows of last hidden states and of logits, in float32, for every token at the widest moment of the head."""
 
 
 @dataclass(frozen=True)
@@ -95,11 +104,12 @@ def scoring(index: CheckpointIndex, lengths: Sequence[int]) -> Demand:
     """Return what scoring documents of some lengths, in tokens, takes."""
     shape = index.shape
     width = shape.queries_per_group * shape.head_dim
-    products = shape.num_key_value_heads * width * width
+    product = shape.num_key_value_heads * width * width
+    # W^T W of every group, and the same of the channels of as many documents as are taken together.
+    together = min(max(product, _PRODUCT_ELEMENTS), len(lengths) * product)
     fixed = {
         "one block in float32": block_bytes(index),
-        # W^T W of every group, and the same of as many documents as fit into 34 MB, at least one.
-        "the products of heads": FLOAT * 2 * (products + max(products, 1 << 23)),
+        "the products of heads": FLOAT * (product + together),
     }
     return Demand("scoring", fixed, token_bytes(index, lengths), max(lengths, default=1))
 
@@ -112,9 +122,16 @@ def walking(index: CheckpointIndex, lengths: Sequence[int], stage: str) -> Deman
 
 def measuring(indexes: Sequence[CheckpointIndex], lengths: Sequence[int]) -> Demand:
     """Return what the likelihood of documents takes, of one model or of one and its reference."""
-    fixed = {"one block in float32": max(map(block_bytes, indexes)), "the output projection": _HEAD_BYTES}
-    per_token = max(token_bytes(index, lengths) for index in indexes)
+    # The head comes behind the blocks: the larger of both counts, of weights and of tokens.
+    fixed = {"one block in float32": max(HEAD_PIECE_BYTES, *map(block_bytes, indexes))}
+    per_token = max(max(token_bytes(index, lengths), _head_token_bytes(index)) for index in indexes)
     return Demand("measuring quality", fixed, per_token, max(lengths, default=1))
+
+
+def _head_token_bytes(index: CheckpointIndex) -> int:
+    shape = index.shape
+    entries = min(HEAD_PIECE_ENTRIES, shape.vocab_size)
+    return FLOAT * (_HEAD_COPIES["hidden"] * shape.hidden_size + _HEAD_COPIES["entries"] * entries)
 
 
 def block_bytes(index: CheckpointIndex) -> int:
@@ -128,8 +145,9 @@ def block_bytes(index: CheckpointIndex) -> int:
 
 def token_bytes(index: CheckpointIndex, lengths: Sequence[int]) -> int:
     """Return the bytes that a block takes for each padded token of a batch, in float32."""
-    widths = {axis: axis_length(axis, index.shape) for axis in _COPIES}
-    rows = sum(copies * widths[axis] for axis, copies in _COPIES.items())
+    rows = max(
+        sum(copies * axis_length(axis, index.shape) for axis, copies in part.items()) for part in _COPIES
+    )
     windowed = index.family.has_sliding_window(index.config)
     return FLOAT * rows + (_MASK_BYTES * max(lengths, default=1) if windowed else 0)
 

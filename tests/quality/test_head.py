@@ -50,7 +50,7 @@ def test_pieces_of_any_size_give_what_all_logits_do(
 def test_a_head_in_pieces_gives_the_logits_of_the_whole(
     pieces: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(head_module, "PIECE_ENTRIES", pieces)
+    monkeypatch.setattr(head_module, "HEAD_PIECE_ENTRIES", pieces)
     index = open_checkpoint(save_model(tmp_path / "model", "llama-untied-biased"))
     shell = DecoderShell(index)
     hidden, following = torch.randn(5, 48), torch.tensor([3, 95, 0, 17, 17])
