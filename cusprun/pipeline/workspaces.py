@@ -20,7 +20,12 @@ def workspace_of(memory: int | str | None = None) -> Workspace:
     Raises:
         UserError: the memory is not an amount above 0.
     """
-    return Workspace(memory_bytes=memory_bytes(memory))
+    from cusprun.walk.allocator import give_back_when_freed
+
+    allowed = memory_bytes(memory)
+    if allowed is not None:
+        give_back_when_freed()
+    return Workspace(memory_bytes=allowed)
 
 
 def memory_bytes(memory: int | str | None) -> int | None:

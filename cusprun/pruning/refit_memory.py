@@ -11,7 +11,7 @@ from cusprun.walk.budget import FLOAT, MARGIN, Demand, block_bytes, token_bytes
 
 _DOUBLE = 8
 _SHARE = 12 / 64
-"""Of a bound on memory, what a solve takes: a dozen tensors of at most a 64th, as larger ones lie in files."""
+"""Of a bound on memory, what a solve takes: a dozen tensors of up to a 64th, as larger ones lie in files."""
 
 
 def refitting(

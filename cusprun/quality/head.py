@@ -76,9 +76,9 @@ class Predicted:
         self._chosen = torch.where(inside, logits.gather(1, at).squeeze(1), self._chosen)
         difference = None if other is None else logits - other
         weights = logits.sub_(raised.unsqueeze(1)).exp_()
-        self._sum = self._sum * kept + weights.sum(dim=1, dtype=torch.float64)
+        self._sum = self._sum * kept + weights.sum(dim=1).double()
         if difference is not None:
-            self._cross = self._cross * kept + (weights.mul_(difference)).sum(dim=1, dtype=torch.float64)
+            self._cross = self._cross * kept + weights.mul_(difference).sum(dim=1).double()
 
     def log_normaliser(self) -> torch.Tensor:
         """Return Z of each token: float64 [tokens]."""

@@ -27,7 +27,7 @@ _COPIES = ({"hidden": 4, "heads": 5, "kv": 4}, {"hidden": 6, "heads": 1, "ffn": 
 """Rows of each width that exist for every token at the widest moment of attention, and of the FFN."""
 
 _PRODUCT_ELEMENTS = 1 << 23
-"""Entries of the products of groups of heads in memory at one time, at the most (see ``pruning/impact.py``)."""
+"""Entries of the products of groups of heads in memory at one time, as ``pruning/impact.py`` has it."""
 
 _MASK_BYTES = 5
 """For each pair of tokens of a document under a sliding window: a truth value, and what is made from it."""
@@ -35,10 +35,10 @@ _MASK_BYTES = 5
 HEAD_PIECE_BYTES = 1 << 25
 """Float32 weights of an output projection in memory at one time, 34 MB, at the most."""
 
-HEAD_PIECE_ENTRIES = 2048
+HEAD_PIECE_ENTRIES = 1024
 """Entries of the vocabulary whose logits exist at one time, at the most: products run at full rate."""
 
-_HEAD_COPIES = {"hidden": 6, "entries": 6}
+_HEAD_COPIES = {"hidden": 6, "entries": 5}
 """Rows of last hidden states and of logits, in float32, for every token at the widest moment of the head."""
 
 

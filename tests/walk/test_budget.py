@@ -50,7 +50,7 @@ from cusprun.pruning.score import score_model
 from cusprun.pruning.store import open_store
 from cusprun.quality.likelihood import measure_likelihood
 from cusprun.records import Corpora, TokenizedDocument
-from cusprun.walk.workspace import Workspace
+from cusprun.walk.allocator import give_back_when_freed
 import transformers.models.llama.modeling_llama
 
 stage, model, out, count, length = sys.argv[1], *map(Path, sys.argv[2:4]), *map(int, sys.argv[4:6])
@@ -65,6 +65,7 @@ if stage == "refit":
     score_model(index, Corpora(texts[:4], ()), out / "store", **names)
     plan = make_plan(index, open_store(out / "store"), model_hash="m", ratio=0.25)
 measure_likelihood(index, texts[:1])
+give_back_when_freed()
 print("ready", flush=True)
 sys.stdin.readline()
 if stage == "score":
