@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from cusprun.cli.console import ConsoleProgress, stdout
+from cusprun.cli.console import shown_progress, stdout
 from cusprun.cli.options import (
     DeviceName,
     ExpertFile,
     JsonFile,
+    Memory,
     Model,
     Ratio,
     Refit,
@@ -30,6 +31,7 @@ from cusprun.cli.options import (
     split_list,
     write_json,
 )
+from cusprun.cli.shared import ranks_of
 from cusprun.walk.device import DEFAULT_DEVICE
 
 ScorePaths = Annotated[
@@ -52,6 +54,7 @@ def register(app: typer.Typer) -> None:
 
 
 def score(
+    context: typer.Context,
     model: Model,
     expert: ExpertFile,
     out: Annotated[Path, typer.Option(help="Store to write.", show_default=False)],
@@ -59,11 +62,21 @@ def score(
         str, typer.Option(help="unit (FFN channels, heads, blocks) or neuron (rows and columns).")
     ] = "unit",
     device: DeviceName = DEFAULT_DEVICE,
+    memory: Memory = None,
 ) -> None:
     """Score every unit of a model, or every single neuron, on an expert's documents."""
     from cusprun.pipeline.stages import score as run
 
-    made = run(model, expert, out, granularity=granularity, device=device, progress=ConsoleProgress())
+    made = run(
+        model,
+        expert,
+        out,
+        granularity=granularity,
+        device=device,
+        memory=memory,
+        ranks=ranks_of(context),
+        progress=shown_progress(),
+    )
     typer.echo(f"wrote {made}")
 
 
@@ -95,7 +108,7 @@ def plan(
         units=split_list(units),
         rule=rule,
         out=out,
-        progress=ConsoleProgress(),
+        progress=shown_progress(),
     )
     console = stdout()
     for table in plan_tables(made):
@@ -105,6 +118,7 @@ def plan(
 
 
 def prune(
+    context: typer.Context,
     model: Model,
     expert: ExpertFile,
     out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
@@ -138,6 +152,7 @@ def prune(
         str | None, typer.Option(help="Most bytes in one weight file, like 2GB.", show_default=False)
     ] = None,
     device: DeviceName = DEFAULT_DEVICE,
+    memory: Memory = None,
 ) -> None:
     """Write the smaller model that an expert needs; scores and plans itself unless given both."""
     from cusprun.cli.tables import manifest_tables, neuron_tables
@@ -163,7 +178,9 @@ def prune(
         refit_target=refit_target,
         shard_bytes=parse_size(shard_size),
         device=device,
-        progress=ConsoleProgress(),
+        memory=memory,
+        ranks=ranks_of(context),
+        progress=shown_progress(),
     )
     console = stdout()
     shown = manifest_tables(manifest) if isinstance(manifest, Manifest) else neuron_tables(manifest)
@@ -186,6 +203,7 @@ def evaluate(
         int | None, typer.Option(help="Prompts that a task runs at one time. Default 8.", show_default=False)
     ] = None,
     device: DeviceName = DEFAULT_DEVICE,
+    memory: Memory = None,
     json: JsonFile = None,
 ) -> None:
     """Measure perplexity on an expert's held-out documents and on general text, agreement, and tasks."""
@@ -193,7 +211,9 @@ def evaluate(
     from cusprun.pipeline.evaluation import evaluate as run
 
     refuse_existing_json(json)
-    report = run(models, expert, tasks, batch_size=batch_size, device=device, progress=ConsoleProgress())
+    report = run(
+        models, expert, tasks, batch_size=batch_size, device=device, memory=memory, progress=shown_progress()
+    )
     write_json(report, json)
     console = stdout()
     for table in quality_tables(report):
