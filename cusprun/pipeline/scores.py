@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cusprun.cache import cache_folder, cached, key_of
+from cusprun.cache import cache_folder, cached
+from cusprun.codec import key_of
 from cusprun.errors import OutputError, PlanError, StoreError
 from cusprun.records import Corpora
 from cusprun.version import __version__

@@ -13,6 +13,7 @@ from cusprun.cache import fresh_output
 from cusprun.errors import CorpusError, PlanError, require_known
 from cusprun.pipeline.shared import refuse_shared_neurons, require_same_wishes, written_together
 from cusprun.pipeline.wishes import DEFAULT_RATIO, PlanWishes, PruneWishes, stores_of, texts_of
+from cusprun.pipeline.workdir import with_folder
 from cusprun.progress import SILENT, Progress
 from cusprun.records import GRANULARITIES, Corpora, Expert, Manifest, NeuronManifest, Plan
 from cusprun.resolve import StrPath, as_paths, resolve
@@ -48,7 +49,10 @@ def open_model(
     device: Device = CPU,
     workspace: Workspace = DEFAULT_WORKSPACE,
 ) -> OpenModel:
-    """Resolve a model, check its headers and hash its weights."""
+    """Resolve a model, check its headers and hash its weights.
+
+    The ``workspace`` gets the cache for its folder when it has none.
+    """
     from cusprun.checkpoint.index import model_hash, open_checkpoint
     from cusprun.walk.shell import load_config
 
@@ -58,7 +62,7 @@ def open_model(
     with progress.stage("hashing the model", 1) as advance:
         digest = model_hash(index)
         advance(1)
-    return OpenModel(index, digest, located.source, device, workspace)
+    return OpenModel(index, digest, located.source, device, with_folder(workspace))
 
 
 def as_expert(expert: StrPath | Expert) -> Expert:
