@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,6 +29,19 @@ def read_tensor(index: CheckpointIndex, name: str, dtype: torch.dtype | None = N
     if tensor.numel() and not all(math.isfinite(float(end)) for end in torch.aminmax(tensor)):
         raise ModelError(f"{info.file}: {name} holds NaN or infinite values; start from a sound checkpoint")
     return tensor.to(dtype) if dtype is not None else tensor
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read a file of :func:`cusprun.checkpoint.writer.write_tensors` whole.
+
+    Raises:
+        ModelError: the file cannot be read.
+    """
+    try:
+        with safe_open(path, framework="pt") as stream:
+            return {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise ModelError(f"{path} cannot be read ({error}); remove it, and run again") from None
 
 
 def layer_tensors(

@@ -30,6 +30,7 @@ from cusprun.cli.options import (
     split_list,
     write_json,
 )
+from cusprun.cli.shared import ranks_of
 from cusprun.walk.device import DEFAULT_DEVICE
 
 ScorePaths = Annotated[
@@ -52,6 +53,7 @@ def register(app: typer.Typer) -> None:
 
 
 def score(
+    context: typer.Context,
     model: Model,
     expert: ExpertFile,
     out: Annotated[Path, typer.Option(help="Store to write.", show_default=False)],
@@ -63,7 +65,15 @@ def score(
     """Score every unit of a model, or every single neuron, on an expert's documents."""
     from cusprun.pipeline.stages import score as run
 
-    made = run(model, expert, out, granularity=granularity, device=device, progress=ConsoleProgress())
+    made = run(
+        model,
+        expert,
+        out,
+        granularity=granularity,
+        device=device,
+        ranks=ranks_of(context),
+        progress=ConsoleProgress(),
+    )
     typer.echo(f"wrote {made}")
 
 
@@ -105,6 +115,7 @@ def plan(
 
 
 def prune(
+    context: typer.Context,
     model: Model,
     expert: ExpertFile,
     out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
@@ -163,6 +174,7 @@ def prune(
         refit_target=refit_target,
         shard_bytes=parse_size(shard_size),
         device=device,
+        ranks=ranks_of(context),
         progress=ConsoleProgress(),
     )
     console = stdout()
