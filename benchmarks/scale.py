@@ -1,8 +1,9 @@
 """`make bench-scale`: memory, time and survival at the sizes where they matter.
 
-Each table is made alone by ``--only TABLE``, one row of it by ``--only TABLE/ROW``; see the modules for what
-they hold. Finished rows are kept. ``--scratch FOLDER`` keeps models and outputs between runs: the table
-``memory`` takes some 45 GB there. Writes ``benchmarks/results/scale.json`` and ``scale.md``.
+Each table is made alone by ``--only TABLE``, one row of it by ``--only TABLE/ROW``, several by names between
+commas; see the modules for what they hold. Finished rows are kept. ``--scratch FOLDER`` keeps models and
+outputs between runs: the table ``memory`` takes some 45 GB there. Writes ``benchmarks/results/scale.json`` and
+``scale.md``.
 """
 
 from __future__ import annotations
@@ -18,8 +19,7 @@ import scale_plans
 import scale_processes
 import scale_walk
 from measuring import Ledger, Options, Row, machine_text, run
-
-from cusprun.errors import require_known
+from scale_parts import require_tables
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,7 @@ PARTS: Mapping[str, Part] = {
 
 def make(options: Options, ledger: Ledger) -> str:
     """Make the rows that are asked for and return all tables."""
-    if options.only is not None:
-        require_known(options.only.partition("/")[0], PARTS, "table")
+    require_tables(options.only, PARTS)
     for part in PARTS.values():
         part.fill(options, ledger)
     return to_markdown(ledger)

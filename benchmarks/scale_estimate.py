@@ -14,7 +14,7 @@ from scale_model import QWEN_1_5B, TINY, Config, cut_to, expert_file, random_mod
 from scale_parts import DEMO_EXPERT, RATIO, asked_for, gigabytes, minutes, verdict, wanted
 from watched import Watched, cusprun, watched
 
-from cusprun.cache import key_of
+from cusprun.codec import key_of
 from cusprun.resolve import resolve
 
 TABLE = "estimate"
@@ -61,7 +61,7 @@ def fill(options: Options, ledger: Ledger) -> None:
         )
         for name, subject in subjects.items()
     ]
-    ledger.finish(TABLE, jobs, dict, fresh=options.fresh, show=_shown, wanted=wanted(options))
+    ledger.finish(TABLE, jobs, dict, fresh=options.fresh, show=_shown, wanted=wanted(options, TABLE))
 
 
 def _row(name: str, subject: Subject, options: Options) -> Row:

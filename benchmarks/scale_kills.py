@@ -1,8 +1,8 @@
 """Table ``kills``: prunes that are killed at random moments and begun again, compared byte by byte.
 
 Each prune is a process that is forked with all modules loaded, so that a kill falls on the work and hardly
-ever on the start. It has a cache and a work folder of its own and one thread, so that sums are added in one
-order.
+ever on the start. It has a cache of its own, which holds its work, and one thread, so that sums are added in
+one order.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from measuring import Job, Ledger, Options, Row
 from scale_model import TINY, Config, cut_to, expert_file, random_model
 from scale_parts import RATIO, asked_for, verdict, wanted
 
-from cusprun.cache import key_of
+from cusprun.codec import key_of
 from cusprun.errors import CusprunError
 from cusprun.resolve import StrPath
 
@@ -66,7 +66,7 @@ def fill(options: Options, ledger: Ledger) -> None:
         )
         for seed in range(count)
     ]
-    ledger.finish(TABLE, jobs, dict, fresh=options.fresh, show=_shown, wanted=wanted(options))
+    ledger.finish(TABLE, jobs, dict, fresh=options.fresh, show=_shown, wanted=wanted(options, TABLE))
 
 
 def _row(folder: Path, config: Config, kills: int, seed: int) -> Row:
@@ -149,7 +149,7 @@ class _Prune:
         """Return the hash of each file of the output, and of what was left behind, by name."""
         return {
             str(path.relative_to(self._folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for part in ("out", "work")
+            for part in ("out", "cache/work")
             for path in sorted((self._folder / part).rglob("*"))
             if path.is_file()
         }
@@ -166,7 +166,7 @@ def _prune(working: Connection, model: StrPath, expert: StrPath, folder: Path, l
     os.environ.update(CUSPRUN_CACHE=str(folder / "cache"), SOURCE_DATE_EPOCH=_EPOCH)
     torch.set_num_threads(1)
     working.send(None)
-    cusprun.prune(model, expert, folder / "out" / "expert", ratio=RATIO, workdir=folder / "work")
+    cusprun.prune(model, expert, folder / "out" / "expert", ratio=RATIO)
 
 
 def _shown(row: Row) -> str:

@@ -13,8 +13,8 @@ from measuring import Job, Ledger, Options, Row
 from scale_model import MEDIUM, TINY, Config, cut_to, random_corpora, random_model
 from scale_parts import RATIO, asked_for, exponent, verdict, wanted
 
-from cusprun.cache import key_of
 from cusprun.checkpoint.index import CheckpointIndex, model_hash, open_checkpoint
+from cusprun.codec import key_of
 from cusprun.pipeline.wishes import PruneWishes
 from cusprun.pruning.planner import make_plan
 from cusprun.pruning.rewrite import write_weights
@@ -49,6 +49,8 @@ STARTS: Mapping[str, Size] = {
 }
 """Where each axis starts."""
 
+_SMOKE = {axis: Size(documents=6, tokens=32, layers=1) for axis in STARTS}
+
 _WARM_UP = Size(documents=32, tokens=64, layers=1)
 
 
@@ -57,15 +59,16 @@ def fill(options: Options, ledger: Ledger) -> None:
     if not asked_for(options, TABLE):
         return
     config, factors, rounds = (TINY, FACTORS[:2], 1) if options.smoke else (MEDIUM, FACTORS, ROUNDS)
+    starts = _SMOKE if options.smoke else STARTS
     jobs = [
         Job(
             key_of(axis, vars(start), factors, rounds, config),
             {"axis": axis},
             partial(_row, axis, start, factors, rounds, config, options.scratch),
         )
-        for axis, start in STARTS.items()
+        for axis, start in starts.items()
     ]
-    ledger.finish(TABLE, jobs, dict, fresh=options.fresh, show=_shown, wanted=wanted(options))
+    ledger.finish(TABLE, jobs, dict, fresh=options.fresh, show=_shown, wanted=wanted(options, TABLE))
 
 
 def _row(axis: str, start: Size, factors: Sequence[int], rounds: int, config: Config, scratch: Path) -> Row:

@@ -17,9 +17,9 @@ from scale_model import MODELS, Config, expert_file
 from scale_parts import RATIO, asked_for, gigabytes, minutes, verdict, wanted
 from watched import Watched, cusprun, watched
 
-from cusprun.cache import key_of
 from cusprun.checkpoint.index import open_checkpoint
 from cusprun.checkpoint.output import remove
+from cusprun.codec import key_of
 from cusprun.families import shape_of
 
 TABLE = "memory"
@@ -127,7 +127,12 @@ def fill(options: Options, ledger: Ledger) -> None:
         for stage in STAGES
     ]
     ledger.finish(
-        TABLE, jobs, lambda: _description(work), fresh=options.fresh, show=_shown, wanted=wanted(options)
+        TABLE,
+        jobs,
+        lambda: _description(work),
+        fresh=options.fresh,
+        show=_shown,
+        wanted=wanted(options, TABLE),
     )
 
 

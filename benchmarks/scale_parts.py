@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from measuring import Job, Options
+
+from cusprun.errors import require_known
 
 DEMO_EXPERT = Path(__file__).parent / "demo" / "expert.yaml"
 RATIO = 0.25
 
 
 def asked_for(options: Options, table: str) -> bool:
-    """Return whether rows of a table are asked for; ``--only`` names a table, or TABLE/ROW."""
-    return options.only is None or options.only.partition("/")[0] == table
+    """Return whether rows of a table are asked for; ``--only`` names tables, or TABLE/ROW, between commas."""
+    return options.only is None or any(name == table for name, _ in _asked(options.only))
 
 
-def wanted(options: Options) -> Callable[[Job], bool]:
+def wanted(options: Options, table: str) -> Callable[[Job], bool]:
     """Return which jobs of a table are asked for: those whose label begins with the row's name."""
-    row = (options.only or "").partition("/")[2]
-    return lambda job: not row or str(next(iter(job.label.values()))) == row
+    rows = {row for name, row in _asked(options.only or table) if name == table}
+    return lambda job: "" in rows or str(next(iter(job.label.values()))) in rows
+
+
+def require_tables(only: str | None, tables: Iterable[str]) -> None:
+    """Raise ``UserError`` when ``--only`` names a table that is not known."""
+    if only is not None:
+        for name, _ in _asked(only):
+            require_known(name, tables, "table")
+
+
+def _asked(only: str) -> list[tuple[str, str]]:
+    """Return each table with the row of it that is asked for, which is empty for all of them."""
+    return [(name, row) for name, _, row in (part.strip().partition("/") for part in only.split(","))]
 
 
 def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:

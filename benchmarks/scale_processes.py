@@ -14,8 +14,7 @@ from scale_model import TINY, cut_to, expert_file, random_model
 from scale_parts import DEMO_EXPERT, RATIO, asked_for, verdict, wanted
 from watched import cusprun, watched
 
-from cusprun.cache import key_of
-from cusprun.codec import load_json
+from cusprun.codec import key_of, load_json
 from cusprun.errors import ModelError
 from cusprun.records import Manifest
 from cusprun.resolve import resolve
@@ -38,7 +37,7 @@ def fill(options: Options, ledger: Ledger) -> None:
     rounds = 1 if options.smoke else ROUNDS
     name = "tiny" if options.smoke else SMOLLM2.name
     job = Job(key_of(name, rounds, PROCESSES), {"model": name}, partial(_row, options, rounds))
-    ledger.finish(TABLE, [job], dict, fresh=options.fresh, show=_shown, wanted=wanted(options))
+    ledger.finish(TABLE, [job], dict, fresh=options.fresh, show=_shown, wanted=wanted(options, TABLE))
 
 
 def _row(options: Options, rounds: int) -> Row:

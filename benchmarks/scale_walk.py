@@ -16,8 +16,8 @@ from measuring import Job, Ledger, Options, Row
 from scale_model import QWEN_1_5B, TINY, Config, cut_to, random_corpora, random_model
 from scale_parts import DEMO_EXPERT, asked_for, minutes, verdict, wanted
 
-from cusprun.cache import key_of
 from cusprun.checkpoint.index import open_checkpoint
+from cusprun.codec import key_of
 from cusprun.corpus import build_corpora, load_expert
 from cusprun.records import Corpora
 from cusprun.resolve import resolve
@@ -80,7 +80,7 @@ def fill(options: Options, ledger: Ledger) -> None:
         Job(subject.key, {"model": name}, partial(_row, subject, options.scratch, rounds))
         for name, subject in subjects.items()
     ]
-    ledger.finish(TABLE, jobs, dict, fresh=options.fresh, show=_shown, wanted=wanted(options))
+    ledger.finish(TABLE, jobs, dict, fresh=options.fresh, show=_shown, wanted=wanted(options, TABLE))
 
 
 def _row(subject: Subject, scratch: Path, rounds: int) -> Row:
