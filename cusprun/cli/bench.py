@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cusprun.cli import load_test as load
-from cusprun.cli.console import ConsoleProgress, stdout
+from cusprun.cli.console import shown_progress, stdout
 from cusprun.cli.options import JsonFile, parse_counts, refuse_existing_json, split_list, write_json
 from cusprun.errors import MeasurementError, UserError
 
@@ -160,7 +160,7 @@ def _bench_models(prompt_tokens: str | None, json: Path | None, **given: Any) ->
         runtimes=split_list(given["runtime"]) or DEFAULT_RUNTIMES,
         quants=parse_quants(split_list(given["quant"])),
         options=options,
-        progress=ConsoleProgress(),
+        progress=shown_progress(),
     )
     write_json(report, json)
     console = stdout()

@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from cusprun.cli.console import ConsoleProgress, stdout
+from cusprun.cli.console import shown_progress, stdout
 from cusprun.cli.options import (
     DeviceName,
     ExpertFile,
     JsonFile,
+    Memory,
     Model,
     Ratio,
     Refit,
@@ -61,6 +62,7 @@ def score(
         str, typer.Option(help="unit (FFN channels, heads, blocks) or neuron (rows and columns).")
     ] = "unit",
     device: DeviceName = DEFAULT_DEVICE,
+    memory: Memory = None,
 ) -> None:
     """Score every unit of a model, or every single neuron, on an expert's documents."""
     from cusprun.pipeline.stages import score as run
@@ -71,8 +73,9 @@ def score(
         out,
         granularity=granularity,
         device=device,
+        memory=memory,
         ranks=ranks_of(context),
-        progress=ConsoleProgress(),
+        progress=shown_progress(),
     )
     typer.echo(f"wrote {made}")
 
@@ -105,7 +108,7 @@ def plan(
         units=split_list(units),
         rule=rule,
         out=out,
-        progress=ConsoleProgress(),
+        progress=shown_progress(),
     )
     console = stdout()
     for table in plan_tables(made):
@@ -149,6 +152,7 @@ def prune(
         str | None, typer.Option(help="Most bytes in one weight file, like 2GB.", show_default=False)
     ] = None,
     device: DeviceName = DEFAULT_DEVICE,
+    memory: Memory = None,
 ) -> None:
     """Write the smaller model that an expert needs; scores and plans itself unless given both."""
     from cusprun.cli.tables import manifest_tables, neuron_tables
@@ -174,8 +178,9 @@ def prune(
         refit_target=refit_target,
         shard_bytes=parse_size(shard_size),
         device=device,
+        memory=memory,
         ranks=ranks_of(context),
-        progress=ConsoleProgress(),
+        progress=shown_progress(),
     )
     console = stdout()
     shown = manifest_tables(manifest) if isinstance(manifest, Manifest) else neuron_tables(manifest)
@@ -198,6 +203,7 @@ def evaluate(
         int | None, typer.Option(help="Prompts that a task runs at one time. Default 8.", show_default=False)
     ] = None,
     device: DeviceName = DEFAULT_DEVICE,
+    memory: Memory = None,
     json: JsonFile = None,
 ) -> None:
     """Measure perplexity on an expert's held-out documents and on general text, agreement, and tasks."""
@@ -205,7 +211,9 @@ def evaluate(
     from cusprun.pipeline.evaluation import evaluate as run
 
     refuse_existing_json(json)
-    report = run(models, expert, tasks, batch_size=batch_size, device=device, progress=ConsoleProgress())
+    report = run(
+        models, expert, tasks, batch_size=batch_size, device=device, memory=memory, progress=shown_progress()
+    )
     write_json(report, json)
     console = stdout()
     for table in quality_tables(report):

@@ -95,6 +95,13 @@ DeviceName = Annotated[
         help="Where models run: cpu, cuda, cuda:N, or auto (CUDA where it works, else the CPU).",
     ),
 ]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        help="Memory that the work may take, like 4GB; batches and what lies in files are chosen to fit it.",
+        show_default=False,
+    ),
+]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", help="Also write the whole report to this file.", show_default=False)

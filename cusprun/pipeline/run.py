@@ -17,6 +17,7 @@ from cusprun.pipeline.evaluation import measure, measured_sets
 from cusprun.pipeline.proof import RUNTIMES, parity_documents, prove
 from cusprun.pipeline.results import RunReport, run_report, to_markdown
 from cusprun.pipeline.stages import OpenModel, as_expert, corpora_of, open_model, prune_opened
+from cusprun.pipeline.workspaces import workspace_of
 from cusprun.progress import SILENT, Progress
 from cusprun.recipe import ExportSpec, Recipe, load_recipe
 from cusprun.records import Corpora, Expert, Manifest
@@ -97,13 +98,20 @@ class _OutFolder:
         dump_json(Stages({**self._keys(), name: key}), self.folder / _STAGES_FILE)
 
 
-def run(recipe: StrPath | Recipe, *, device: str | None = None, progress: Progress = SILENT) -> RunReport:
+def run(
+    recipe: StrPath | Recipe,
+    *,
+    device: str | None = None,
+    memory: int | str | None = None,
+    progress: Progress = SILENT,
+) -> RunReport:
     """Run a recipe: resolve, prune, export, prove, evaluate, measure; write and return the results.
 
     ``out`` then holds ``expert/`` (the Hugging Face folder), an artifact of original and expert for each
     entry of ``exports``, and the table as ``results.json`` and ``results.md``. Run again, it continues from
     the finished stages; an output that was made from other inputs is never replaced. ``device``, when given,
-    stands in for the recipe's.
+    stands in for the recipe's. ``memory`` is that of :func:`cusprun.score`, for pruning, importances and
+    perplexities; proofs, samples and the benchmark run whole models.
 
     Raises:
         DeviceError: the device is unknown, does not work or has too little memory.
@@ -112,6 +120,7 @@ def run(recipe: StrPath | Recipe, *, device: str | None = None, progress: Progre
         CusprunError: whatever a stage raises.
     """
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
+    workspace = workspace_of(memory)
     where = open_device(chosen.device if device is None else device)
     expert = as_expert(chosen.expert)
     chosen.wishes.check_dimensions(expert)
@@ -119,12 +128,12 @@ def run(recipe: StrPath | Recipe, *, device: str | None = None, progress: Progre
         for spec in chosen.exports:
             RUNTIMES[spec.to].require()
     out = _OutFolder(_made(Path(chosen.out)))
-    before = open_model(chosen.model, progress, where)
+    before = open_model(chosen.model, progress, where, workspace)
     for spec in chosen.exports:
         _refuse_export(before, spec)
     corpora = corpora_of(before, expert, progress)
     folder = _prune(chosen, expert, before, corpora, out, progress)
-    after = open_model(folder, progress, where)
+    after = open_model(folder, progress, where, workspace)
     artifacts = {
         spec: {
             side: _export(model, spec, side, corpora, out, progress)
@@ -215,7 +224,14 @@ def _export(
             quant=spec.quant,
             options=options,
             importance=importance_for(
-                chosen, spec.quant, options, model.index, corpora, progress, model.device
+                chosen,
+                spec.quant,
+                options,
+                model.index,
+                corpora,
+                progress,
+                model.device,
+                model.workspace,
             ),
             progress=progress,
         ),

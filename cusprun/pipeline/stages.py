@@ -14,6 +14,7 @@ from cusprun.errors import CorpusError, PlanError, require_known
 from cusprun.pipeline.shared import refuse_shared_neurons, require_same_wishes, written_together
 from cusprun.pipeline.wishes import DEFAULT_RATIO, PlanWishes, PruneWishes, stores_of, texts_of
 from cusprun.pipeline.workdir import with_folder
+from cusprun.pipeline.workspaces import require_pruning_memory, require_units, workspace_of
 from cusprun.progress import SILENT, Progress
 from cusprun.records import GRANULARITIES, Corpora, Expert, Manifest, NeuronManifest, Plan
 from cusprun.resolve import StrPath, as_paths, resolve
@@ -80,18 +81,22 @@ def score(
     granularity: str = "unit",
     device: str = DEFAULT_DEVICE,
     ranks: Ranks = ALONE,
+    memory: int | str | None = None,
     progress: Progress = SILENT,
 ) -> Path:
     """Score every FFN channel, query head, KV group and block on an expert's documents into a store ``out``.
 
     With ``granularity="neuron"`` the store holds single rows of Q, K and V, columns of O and FFN channels. A
     store of the same model and documents in the cache is copied, and nothing is computed again. ``device`` is
-    ``cpu``, ``cuda``, ``cuda:N`` or ``auto``, which is CUDA where it works. ``ranks`` are processes that
-    share the documents (:class:`cusprun.walk.shared_run.SharedRun`): each calls this, and the first writes.
+    ``cpu``, ``cuda``, ``cuda:N`` or ``auto``, which is CUDA where it works. ``memory``, bytes or a text like
+    ``4GB``, is what the work may take beside files that the system holds in memory as long as it has room;
+    batches are made to fit it. ``ranks`` are processes that share the documents
+    (:class:`cusprun.walk.shared_run.SharedRun`): each calls this, and the first writes.
 
     Raises:
         DeviceError: the device is unknown, does not work or has too little memory.
-        UserError: an unknown granularity, or ranks that differ in what they are given.
+        UserError: an unknown granularity, ranks that differ in what they are given, or a memory that is too
+            little; the text says what would do.
         RankError: another rank failed or was lost.
         ConfigError: the expert file has faults.
         CorpusError: documents are missing or unreadable.
@@ -102,11 +107,13 @@ def score(
     from cusprun.pipeline.scores import copy_store
 
     require_known(granularity, GRANULARITIES, "granularity")
+    require_units(memory, granularity)
     refuse_shared_neurons(granularity, ranks)
+    workspace = workspace_of(memory, ranks)
     where = open_device(device, ranks.local_rank)
     target = ranks.from_first(lambda: fresh_output(out))
     chosen = as_expert(expert)
-    opened = open_model(model, progress, where, Workspace(ranks=ranks))
+    opened = open_model(model, progress, where, workspace)
     require_same_wishes(opened, {"granularity": granularity})
     corpora = corpora_of(opened, chosen, progress)
     if granularity == "neuron":
@@ -203,6 +210,7 @@ def prune(
     shard_bytes: int | None = None,
     device: str = DEFAULT_DEVICE,
     ranks: Ranks = ALONE,
+    memory: int | str | None = None,
     progress: Progress = SILENT,
 ) -> Manifest | NeuronManifest:
     """Write the smaller model that an expert needs as a Hugging Face folder; return its manifest.
@@ -217,8 +225,8 @@ def prune(
     ``refit_target`` what they aim at: ``output`` (the default), ``residual`` or ``auto`` (see
     ``docs/method.md``). With
     ``granularity="neuron"`` single neurons of every matrix are zeroed by the rule (``paper`` unless given) in
-    ``ratio``, and every shape stays. ``shard_bytes`` bounds a weight file (2 GB). ``device`` and ``ranks``
-    are those of :func:`score`. Interrupted and called again, it continues from the scores.
+    ``ratio``, and every shape stays. ``shard_bytes`` bounds a weight file (2 GB). ``device``, ``memory`` and
+    ``ranks`` are those of :func:`score`. Interrupted and called again, it continues from the scores.
 
     Raises:
         DeviceError: the device is unknown, does not work or has too little memory.
@@ -230,7 +238,8 @@ def prune(
             target is not for the family.
         StoreError: a store is missing, damaged, given twice or made with other tokens.
         OutputError: ``out`` exists, cannot be written or does not fit on the disk.
-        UserError: a rule, target, kind of unit or dimension is unknown, or wishes contradict one another.
+        UserError: a rule, target, kind of unit or dimension is unknown, wishes contradict one another, or
+            the memory is too little; the text says what would do.
         RankError: another rank failed or was lost.
     """
     refuse_shared_neurons(granularity, ranks)
@@ -252,10 +261,12 @@ def prune(
         plan=plan,
     )
     wishes.check()
+    require_units(memory, granularity)
+    workspace = workspace_of(memory, ranks)
     where = open_device(device, ranks.local_rank)
     chosen = as_expert(expert)
     wishes.check_dimensions(chosen)
-    opened = open_model(model, progress, where, Workspace(ranks=ranks))
+    opened = open_model(model, progress, where, workspace)
     require_same_wishes(opened, wishes)
     corpora = corpora_of(opened, chosen, progress)
     if granularity == "neuron":
@@ -283,15 +294,17 @@ def prune_opened(
         given = wishes.plan
         made = opened.workspace.ranks.from_first(lambda: _given_plan(given, opened, wishes.refit))
         wishes.check_family(opened.index.family, made.rule)
+        require_pruning_memory(opened, corpora, wishes.settings(made.rule, opened.index.family))
     else:
         wishes.check_family(opened.index.family, wishes.chosen_rule)
+        settings = wishes.settings(wishes.chosen_rule, opened.index.family)
+        require_pruning_memory(opened, corpora, settings)
         if wishes.max_loss is not None and not corpora.held_out:
             raise CorpusError(
                 f"no document of {expert.name!r} is held out to measure a loss on; give it more documents "
                 "or a larger 'held_out'"
             )
-        mode = wishes.settings(wishes.chosen_rule, opened.index.family).mode
-        if wishes.max_loss is not None and mode == "refit":
+        if wishes.max_loss is not None and settings.mode == "refit":
             unknowns = opened.index.shape.intermediate_size  # the least cut is tried
             _require_tokens(corpora, unknowns, expert, wishes.dimension_weights)
         started = time.monotonic()
