@@ -2,8 +2,8 @@
 
 Each table is made alone by ``--only TABLE``, one row of it by ``--only TABLE/ROW``, several by names between
 commas; see the modules for what they hold. Finished rows are kept. ``--scratch FOLDER`` keeps models and
-outputs between runs: the table ``memory`` takes some 45 GB there. Writes ``benchmarks/results/scale.json`` and
-``scale.md``.
+outputs between runs: the table ``memory`` takes some 45 GB there. Writes ``scale.json`` and ``scale.md`` into
+``benchmarks/results``.
 """
 
 from __future__ import annotations

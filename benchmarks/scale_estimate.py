@@ -67,7 +67,7 @@ def fill(options: Options, ledger: Ledger) -> None:
 def _row(name: str, subject: Subject, options: Options) -> Row:
     folder = options.scratch / TABLE / name
     model, expert = subject.opened(folder)
-    asked = [model, "--expert", expert, "--ratio", RATIO, "--workdir", folder / "work"]
+    asked = [model, "--expert", expert, "--ratio", RATIO]
     asked += [] if subject.memory is None else ["--memory", subject.memory]
     env = {"CUSPRUN_CACHE": str(folder / "cache"), "TMPDIR": str(folder)}
     report = folder / "estimate.json"
@@ -82,7 +82,7 @@ def _row(name: str, subject: Subject, options: Options) -> Row:
         cusprun("prune", *asked, "--out", folder / "expert"),
         folder / "prune.log",
         env=env,
-        folders=(folder / "work", folder / "expert", folder / "cache"),
+        folders=(folder / "expert", folder / "cache"),
     )
     estimated = {name: float(told[name]) for name in QUANTITIES}
     measured = _measured(found)

@@ -67,7 +67,7 @@ class Chain:
     def command(self, stage: str) -> list[str]:
         """Return the command line of a stage."""
         outputs = self.outputs
-        bounds = ("--memory", self.limit_bytes, "--workdir", self.folder / "work")
+        bounds = ("--memory", self.limit_bytes)
         out = ("--out", outputs[stage])
         writer = Path(__file__).parent / "scale_model.py"
         commands = {
