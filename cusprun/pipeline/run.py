@@ -112,6 +112,7 @@ def run(
     *,
     device: str | None = None,
     memory: int | str | None = None,
+    workdir: StrPath | None = None,
     progress: Progress = SILENT,
 ) -> RunReport:
     """Run a recipe: resolve, prune, export, prove, evaluate, measure; write and return the results.
@@ -120,7 +121,7 @@ def run(
     entry of ``exports``, and the table as ``results.json`` and ``results.md``. Run again, it continues from
     the finished stages; an output that was made from other inputs is never replaced. ``device``, when given,
     stands in for the recipe's. ``memory`` is that of :func:`cusprun.score`, for pruning, importances and
-    perplexities; proofs, samples and the benchmark run whole models.
+    perplexities; proofs, samples and the benchmark run whole models. So is ``workdir``.
 
     Raises:
         DeviceError: the device is unknown, does not work or has too little memory.
@@ -129,7 +130,7 @@ def run(
         CusprunError: whatever a stage raises.
     """
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
-    workspace = workspace_of(memory)
+    workspace = workspace_of(memory, workdir=workdir)
     where = open_device(chosen.device if device is None else device)
     expert = as_expert(chosen.expert)
     chosen.wishes.check_dimensions(expert)
