@@ -22,7 +22,7 @@ from experts import SMOLLM2
 from measuring import Job, Ledger, Options, Row, machine_text, run
 from serve_target import SEED, num_threads, spread, verdict
 
-from cusprun.cache import key_of
+from cusprun.codec import key_of
 from cusprun.corpus import build_corpora, load_expert
 from cusprun.errors import require_known
 from cusprun.pipeline.bench import target_of

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from experts import BenchExpert, BenchModel, load_corpora
 
-from cusprun.cache import key_of
 from cusprun.checkpoint.index import CheckpointIndex, open_checkpoint
+from cusprun.codec import key_of
 from cusprun.corpus import corpus_hash
 from cusprun.errors import CusprunError
 from cusprun.pipeline.stages import OpenModel, open_model

@@ -31,7 +31,7 @@ from serve_target import (
     verdict,
 )
 
-from cusprun.cache import key_of
+from cusprun.codec import key_of
 from cusprun.errors import MeasurementError
 from serve.runtimes.vllm_process import environment, find_python
 

@@ -18,7 +18,7 @@ from serve_client import Answer, stream
 from serve_target import Subject, engine_versions, median, num_threads, serving, spread, verdict
 from tokenizers import Tokenizer
 
-from cusprun.cache import key_of
+from cusprun.codec import key_of
 from cusprun.corpus.packs import read_pack
 from cusprun.errors import MeasurementError
 

@@ -18,7 +18,7 @@ from measuring import Job, Ledger, Options, Row
 from serve_client import Answer, ask, stream
 from serve_target import SEED, Served, Subject, engine_versions, num_threads, serving, verdict, vllm_version
 
-from cusprun.cache import key_of
+from cusprun.codec import key_of
 from cusprun.corpus.packs import read_pack
 from cusprun.errors import CusprunError, MeasurementError
 

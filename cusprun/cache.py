@@ -6,7 +6,6 @@ Everything in the cache is committed by rename and can be made again, so the fol
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -28,12 +27,6 @@ def cache_folder() -> Path:
     if own:
         return expand_home(own)
     return expand_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "cusprun"
-
-
-def key_of(*inputs: object) -> str:
-    """Return 32 hex digits that stand for some inputs (anything that JSON can hold)."""
-    text = json.dumps(inputs, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def cached(kind: str, name: str, make: Callable[[Path], object]) -> tuple[Path, bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -145,6 +146,12 @@ def _record_from(kind: Any, plain: Any, where: str) -> Any:
             "make it again, or use the cusprun that made it"
         )
     return kind(**values)
+
+
+def key_of(*inputs: object) -> str:
+    """Return 32 hex digits that stand for some inputs (anything that JSON can hold)."""
+    text = json.dumps(inputs, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def json_bytes(record: Any) -> bytes:

@@ -78,6 +78,14 @@ class ServingError(CusprunError):
     exit_code = 3
 
 
+class RankError(CusprunError):
+    """Another process of a shared run failed or was lost; ``exit_code`` is that of its own failure."""
+
+    def __init__(self, text: str, exit_code: int = 3) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
 class MeasurementError(CusprunError):
     """A measurement did not finish."""
 

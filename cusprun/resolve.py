@@ -13,7 +13,8 @@ from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
 
-from cusprun.cache import cached, file_sha256, key_of
+from cusprun.cache import cached, file_sha256
+from cusprun.codec import key_of
 from cusprun.errors import ModelError
 from cusprun.paths import expand_home, is_gguf, path_text
 from cusprun.progress import SILENT, Progress

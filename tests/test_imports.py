@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("cusprun", "deploy", "exporters", "serve")
 
 BASE = {
+    "cusprun.clock",
     "cusprun.records",
     "cusprun.errors",
     "cusprun.codec",
@@ -26,6 +27,7 @@ EVERYTHING = {*PACKAGES}
 ARROWS: dict[str, set[str]] = {
     "cusprun.records": BASE,
     "cusprun.errors": set(),
+    "cusprun.clock": {"cusprun.errors"},
     "cusprun.codec": BASE,
     "cusprun.paths": BASE,
     "cusprun.progress": set(),

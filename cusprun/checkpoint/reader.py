@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from cusprun.checkpoint.index import CheckpointIndex
 from cusprun.checkpoint.safetensors_header import TensorInfo
@@ -54,6 +56,19 @@ def _mapped(info: TensorInfo) -> torch.Tensor:
     if info.offset % kind.itemsize:  # behind an odd number of values of a smaller type
         raw = raw.clone()
     return raw.view(kind).view(info.shape)
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read a file of :func:`cusprun.checkpoint.writer.write_tensors` whole.
+
+    Raises:
+        ModelError: the file cannot be read.
+    """
+    try:
+        with safe_open(path, framework="pt") as stream:
+            return {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise ModelError(f"{path} cannot be read ({error}); remove it, and run again") from None
 
 
 def layer_tensors(

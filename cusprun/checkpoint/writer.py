@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -53,6 +53,24 @@ def plan_shards(tensors: Sequence[Declared], max_shard_bytes: int) -> list[list[
     return shards
 
 
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write tensors, with no copy of them in memory, into one safetensors file."""
+    with path.open("wb") as stream:
+        stream.write(
+            build_header(
+                (name, TORCH_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()
+            )
+        )
+        for tensor in tensors.values():
+            _write_data(stream, tensor)
+
+
+def _write_data(stream: BinaryIO, tensor: torch.Tensor) -> None:
+    flat = tensor.detach().cpu().contiguous().flatten()
+    if flat.numel():
+        stream.write(flat.view(torch.uint8).numpy().data)
+
+
 class CheckpointWriter:
     """Writes declared tensors in their declared order; a context manager.
 
@@ -91,9 +109,7 @@ class CheckpointWriter:
             self._stream.write(build_header((t.name, t.dtype, t.shape) for t in self._shards[shard]))
             self._open_shard = shard
         assert self._stream is not None
-        flat = tensor.detach().cpu().contiguous().flatten()
-        if flat.numel():
-            self._stream.write(flat.view(torch.uint8).numpy().data)
+        _write_data(self._stream, tensor)
         self._next += 1
 
     def __exit__(

@@ -18,6 +18,7 @@ import typer
 
 from cusprun.cli import artifacts, bench, curves, deploy, experts, models, recipes, report, serving
 from cusprun.cli.console import quieten, show_error
+from cusprun.cli.shared import Ended, SharedProcess
 from cusprun.errors import CusprunError
 
 EXIT_INTERRUPTED = 128 + signal.SIGINT
@@ -67,6 +68,8 @@ def _root(
     A MODEL is a local Hugging Face folder, a hub id like owner/name, a GGUF file, or package:NAME for the one
     GGUF file inside an installed Python package.
     """
+    if isinstance(context.obj, SharedProcess):
+        context.obj.admit(context.invoked_subcommand)
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
@@ -79,33 +82,49 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that cannot show a letter of a table is no reason to lose the table.
         sys.stdout.reconfigure(errors="replace")
-    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+    given = sys.argv[1:] if arguments is None else arguments
+    process = SharedProcess(os.environ)
+    process.silence(_is_debugged(given))
+    process.leave(run(given, process))
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Run the command line; returns the exit code."""
-    general = [*takewhile(lambda word: word.startswith("-"), arguments)]  # before the command's name
-    debug = os.environ.get(_DEBUG_VARIABLE, "") not in ("", "0") or "--debug" in general
-    quieten(debug, "--log-json" in general)
+def run(arguments: Sequence[str], process: SharedProcess | None = None) -> int:
+    """Run the command line, in ``process`` if there is one; returns the exit code."""
+    debug = _is_debugged(arguments)
+    quieten(debug, "--log-json" in _general(arguments))
+    own = process or SharedProcess(os.environ)
     with _terminated_gently():
-        return _run(arguments, debug)
+        ended = own.end(_run(arguments, debug, own))
+        if ended.text:
+            show_error(ended.text, ended.exit_code)
+        return ended.exit_code
 
 
-def _run(arguments: Sequence[str], debug: bool) -> int:
+def _is_debugged(arguments: Sequence[str]) -> bool:
+    return os.environ.get(_DEBUG_VARIABLE, "") not in ("", "0") or "--debug" in _general(arguments)
+
+
+def _general(arguments: Sequence[str]) -> list[str]:
+    """Return the options before the name of the command."""
+    return list(takewhile(lambda word: word.startswith("-"), arguments))
+
+
+def _run(arguments: Sequence[str], debug: bool, process: SharedProcess) -> Ended:
     try:
         outcome = typer.main.get_command(app).main(
-            args=list(arguments), prog_name="cusprun", standalone_mode=False
+            args=list(arguments), prog_name="cusprun", standalone_mode=False, obj=process
         )
+        process.finish()
     except CusprunError as error:
         return _failed(str(error), error.exit_code, debug)
     except (KeyboardInterrupt, typer.Abort):
         return _interrupted()
     except _Terminated:
-        return _failed("terminated; nothing half-written was left behind", EXIT_TERMINATED, False)
+        return Ended(EXIT_TERMINATED, "terminated; nothing half-written was left behind", told_to_end=True)
     except BrokenPipeError:
         # Whoever read the output has seen enough; without this, the flush at exit complains once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return Ended(0)
     except OSError as error:
         if error.errno in _DISK_ERRORS:
             where = f"{error.filename}: " if error.filename else ""
@@ -115,7 +134,7 @@ def _run(arguments: Sequence[str], debug: bool) -> int:
         return _unexpected(error, debug)
     except Exception as error:
         return _refused(error, debug) if hasattr(error, "format_message") else _unexpected(error, debug)
-    return _interrupted() if outcome == EXIT_INTERRUPTED else int(outcome or 0)
+    return _interrupted() if outcome == EXIT_INTERRUPTED else Ended(int(outcome or 0))
 
 
 @contextmanager
@@ -123,6 +142,7 @@ def _terminated_gently() -> Iterator[None]:
     """Make SIGTERM an exception for as long as a command runs; only a main thread may."""
 
     def on_terminate(_number: int, _frame: Any) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough: a second would break the first's work
         raise _Terminated
 
     if threading.current_thread() is not threading.main_thread():
@@ -132,26 +152,26 @@ def _terminated_gently() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        if signal.getsignal(signal.SIGTERM) is on_terminate:  # else the process is ending already
+            signal.signal(signal.SIGTERM, previous)
 
 
-def _interrupted() -> int:
-    return _failed(
+def _interrupted() -> Ended:
+    return Ended(
+        EXIT_INTERRUPTED,
         "interrupted; nothing half-written was left behind, and the same command continues from the "
         "finished stages",
-        EXIT_INTERRUPTED,
-        False,
     )
 
 
-def _refused(error: Any, debug: bool) -> int:
+def _refused(error: Any, debug: bool) -> Ended:
     """Report options and commands that do not exist; the parser's own texts suggest the nearest."""
     context = getattr(error, "ctx", None)
     hint = f" (see: {context.command_path} --help)" if context is not None else ""
     return _failed(error.format_message().rstrip(".") + hint, error.exit_code, debug)
 
 
-def _unexpected(error: Exception, debug: bool) -> int:
+def _unexpected(error: Exception, debug: bool) -> Ended:
     kind, text = type(error).__name__, " ".join(str(error).split())
     what = f"{kind}: {text}" if text else kind
     return _failed(
@@ -159,8 +179,7 @@ def _unexpected(error: Exception, debug: bool) -> int:
     )
 
 
-def _failed(text: str, code: int, debug: bool) -> int:
+def _failed(text: str, code: int, debug: bool) -> Ended:
     if debug:
         traceback.print_exc()
-    show_error(text, code)
-    return code
+    return Ended(code, text)

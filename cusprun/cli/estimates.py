@@ -62,6 +62,6 @@ def estimate_tables(made: Estimate) -> Iterator[RenderableType]:
     yield make_table(None, ("disk", "size"), ((name, format_bytes(size)) for name, size in parts))
     yield Text(
         f"From {made.measured_blocks} of {made.blocks} blocks and {made.measured_tokens:,} of "
-        f"{made.tokens:,} tokens in {made.documents:,} documents, tried for {duration(made.measured_seconds)}. "
-        "Memory is what no file stands behind."
+        f"{made.tokens:,} tokens in {made.documents:,} documents, tried for "
+        f"{duration(made.measured_seconds)}. Memory is what no file stands behind."
     )

@@ -32,6 +32,7 @@ from cusprun.cli.options import (
     split_list,
     write_json,
 )
+from cusprun.cli.shared import ranks_of
 from cusprun.errors import UserError
 from cusprun.walk.device import DEFAULT_DEVICE
 
@@ -55,6 +56,7 @@ def register(app: typer.Typer) -> None:
 
 
 def score(
+    context: typer.Context,
     model: Model,
     expert: ExpertFile,
     out: Annotated[Path, typer.Option(help="Store to write.", show_default=False)],
@@ -68,7 +70,14 @@ def score(
     from cusprun.pipeline.stages import score as run
 
     made = run(
-        model, expert, out, granularity=granularity, device=device, memory=memory, progress=shown_progress()
+        model,
+        expert,
+        out,
+        granularity=granularity,
+        device=device,
+        memory=memory,
+        ranks=ranks_of(context),
+        progress=shown_progress(),
     )
     typer.echo(f"wrote {made}")
 
@@ -111,6 +120,7 @@ def plan(
 
 
 def prune(
+    context: typer.Context,
     model: Model,
     expert: ExpertFile,
     out: Annotated[Path | None, typer.Option(help="Folder to write.", show_default=False)] = None,
@@ -168,7 +178,7 @@ def prune(
                 "--granularity": None if granularity == "unit" else granularity,
             }
         )
-        return show_estimate(
+        show_estimate(
             model,
             expert,
             as_json=json,
@@ -183,6 +193,7 @@ def prune(
             device=device,
             memory=memory,
         )
+        return
     if out is None:
         raise UserError("prune writes a folder; name it with --out")
     if json:
@@ -207,6 +218,7 @@ def prune(
         shard_bytes=parse_size(shard_size),
         device=device,
         memory=memory,
+        ranks=ranks_of(context),
         progress=shown_progress(),
     )
     console = stdout()

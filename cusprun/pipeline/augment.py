@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cusprun.cache import cache_folder, cached, key_of
-from cusprun.codec import json_bytes, load_json, to_plain
+from cusprun.cache import cache_folder, cached
+from cusprun.codec import json_bytes, key_of, load_json, to_plain
 from cusprun.errors import CorpusError, StoreError
 from cusprun.pipeline.workspaces import require_whole_model
 from cusprun.progress import SILENT, Progress

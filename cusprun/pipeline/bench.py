@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cusprun.cache import cached, key_of
+from cusprun.cache import cached
+from cusprun.codec import key_of
 from cusprun.errors import ExportError, UserError, require_known
 from cusprun.pipeline.bench_work import work_of
 from cusprun.pipeline.proof import RUNTIMES

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib import metadata
 
-from cusprun.cache import key_of
+from cusprun.codec import key_of
 from cusprun.pipeline.curve import CurvePoint, SweepReport
 from cusprun.pipeline.stages import OpenModel
 from cusprun.pipeline.wishes import PruneWishes

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cusprun.cache import key_of
+from cusprun.codec import key_of
 from cusprun.errors import CusprunError, ExportError, MeasurementError, OutputError, UserError, require_known
 from cusprun.paths import num_bytes
 from cusprun.pipeline.bench import RUNTIME_OF

@@ -106,6 +106,7 @@ def scored_neurons(
             expert_name=expert.name,
             exact=exact,
             device=opened.device,
+            workspace=opened.workspace,
             progress=progress,
         )
 

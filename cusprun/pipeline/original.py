@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cusprun.cache import cached, key_of
-from cusprun.codec import dump_json, load_json
+from cusprun.cache import cached
+from cusprun.codec import dump_json, key_of, load_json
 from cusprun.errors import UserError
 from cusprun.progress import SILENT, Progress
 from cusprun.records import TokenizedDocument

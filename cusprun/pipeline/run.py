@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from cusprun.cache import key_of, remove_leftovers
-from cusprun.codec import dump_json, load_json, to_plain
+from cusprun.cache import remove_leftovers
+from cusprun.codec import dump_json, key_of, load_json, to_plain
 from cusprun.errors import CusprunError, MissingDependencyError, OutputError
 from cusprun.pipeline.calibration import importance_for
 from cusprun.pipeline.evaluation import measure, measured_sets

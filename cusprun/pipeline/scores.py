@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cusprun.cache import cache_folder, cached, key_of
+from cusprun.cache import cache_folder, cached
+from cusprun.codec import key_of
 from cusprun.errors import OutputError, PlanError, StoreError
 from cusprun.records import Corpora
 from cusprun.version import __version__
@@ -34,6 +35,8 @@ def cached_store(
     ``score`` gets the folder to write and the hash of the corpora; ``inputs`` are what else its scores
     depend on. A device's scores are kept apart from the CPU's, which they equal only to rounding.
 
+    The store is the first rank's: the others help to make it, and are told where it is.
+
     Raises:
         OutputError: the cache cannot be written, or holds a damaged store that cannot be removed.
     """
@@ -51,17 +54,27 @@ def cached_store(
         require_space(path, size + _SPARE_BYTES)
         score(path, digest)
 
-    store, found = cached("scores", name, make)
-    if not found:
-        return store
+    ranks, store = opened.workspace.ranks, cache_folder() / "scores" / name
+    if ranks.from_first(lambda: _is_sound(store, opened, granularity, digest)):
+        log.info("found finished scores of this model and these documents; not scoring again")
+    elif ranks.is_first:
+        cached("scores", name, make)
+    else:
+        score(store, digest)
+    return store
+
+
+def _is_sound(store: Path, opened: OpenModel, granularity: str, corpus_hash: str) -> bool:
+    """Tell whether a store is there and whole; one that is not is removed."""
+    if not store.exists():
+        return False
     try:
-        _check(store, opened, granularity, digest)
+        _check(store, opened, granularity, corpus_hash)
     except (StoreError, PlanError):
         log.info("the finished scores in %s are damaged; scoring again", cache_folder())
         _remove(store)
-        return cached("scores", name, make)[0]
-    log.info("found finished scores of this model and these documents; not scoring again")
-    return store
+        return False
+    return True
 
 
 def _check(store: Path, opened: OpenModel, granularity: str, corpus_hash: str) -> None:

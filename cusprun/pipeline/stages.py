@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING
 
 from cusprun.cache import fresh_output
 from cusprun.errors import CorpusError, PlanError, require_known
+from cusprun.pipeline.shared import refuse_shared_neurons, require_same_wishes, written_together
 from cusprun.pipeline.wishes import DEFAULT_RATIO, PlanWishes, PruneWishes, stores_of, texts_of
+from cusprun.pipeline.workdir import with_folder
 from cusprun.pipeline.workspaces import require_pruning_memory, require_units, workspace_of
 from cusprun.progress import SILENT, Progress
 from cusprun.records import GRANULARITIES, Corpora, Expert, Manifest, NeuronManifest, Plan
 from cusprun.resolve import StrPath, as_paths, resolve
 from cusprun.walk.device import CPU, DEFAULT_DEVICE, Device, open_device
+from cusprun.walk.ranks import ALONE, Ranks
 from cusprun.walk.workspace import DEFAULT_WORKSPACE, Workspace
 
 if TYPE_CHECKING:
@@ -47,17 +50,20 @@ def open_model(
     device: Device = CPU,
     workspace: Workspace = DEFAULT_WORKSPACE,
 ) -> OpenModel:
-    """Resolve a model, check its headers and hash its weights."""
+    """Resolve a model, check its headers and hash its weights.
+
+    The ``workspace`` gets the cache for its folder when it has none.
+    """
     from cusprun.checkpoint.index import model_hash, open_checkpoint
     from cusprun.walk.shell import load_config
 
-    located = resolve(model, progress)
+    located = workspace.ranks.one_by_machine(lambda: resolve(model, progress))
     index = open_checkpoint(located.path)
     load_config(index)  # first, or the tokenizer, which reads the config too, is blamed for its faults
     with progress.stage("hashing the model", 1) as advance:
         digest = model_hash(index)
         advance(1)
-    return OpenModel(index, digest, located.source, device, workspace)
+    return OpenModel(index, digest, located.source, device, with_folder(workspace))
 
 
 def as_expert(expert: StrPath | Expert) -> Expert:
@@ -75,6 +81,7 @@ def score(
     granularity: str = "unit",
     device: str = DEFAULT_DEVICE,
     memory: int | str | None = None,
+    ranks: Ranks = ALONE,
     progress: Progress = SILENT,
 ) -> Path:
     """Score every FFN channel, query head, KV group and block on an expert's documents into a store ``out``.
@@ -82,12 +89,15 @@ def score(
     With ``granularity="neuron"`` the store holds single rows of Q, K and V, columns of O and FFN channels. A
     store of the same model and documents in the cache is copied, and nothing is computed again. ``device`` is
     ``cpu``, ``cuda``, ``cuda:N`` or ``auto``, which is CUDA where it works. ``memory``, bytes or a text like
-    ``4GB``, is what the work may take beside files that the system holds in memory as long as it has room;
-    batches are made to fit it.
+    ``4GB``, is what a process may take beside files that the system holds in memory as long as it has room;
+    batches are made to fit it. ``ranks`` are processes that share the documents
+    (:class:`cusprun.walk.shared_run.SharedRun`): each calls this, and the first writes.
 
     Raises:
         DeviceError: the device is unknown, does not work or has too little memory.
-        UserError: an unknown granularity, or a memory that is too little; the text says what would do.
+        UserError: an unknown granularity, ranks that differ in what they are given, or a memory that is too
+            little; the text says what would do.
+        RankError: another rank failed or was lost.
         ConfigError: the expert file has faults.
         CorpusError: documents are missing or unreadable.
         ModelError: the model is missing, damaged or holds weights that are not finite.
@@ -97,27 +107,34 @@ def score(
     from cusprun.pipeline.scores import copy_store
 
     require_known(granularity, GRANULARITIES, "granularity")
+    refuse_shared_neurons(granularity, ranks)
     require_units(memory, granularity)
-    workspace = workspace_of(memory)
-    where = open_device(device)
-    target = fresh_output(out)
+    workspace = workspace_of(memory, ranks=ranks)
+    where = open_device(device, ranks.local_rank)
+    target = ranks.from_first(lambda: fresh_output(out))
     chosen = as_expert(expert)
     opened = open_model(model, progress, where, workspace)
+    require_same_wishes(opened, {"granularity": granularity})
     corpora = corpora_of(opened, chosen, progress)
     if granularity == "neuron":
         store = scored_neurons(opened, chosen, corpora, progress=progress)
     else:
         store = scored(opened, chosen, corpora, progress)
-    copy_store(store, target, chosen.name)
+    ranks.from_first(lambda: copy_store(store, target, chosen.name))
     return target
 
 
 def corpora_of(opened: OpenModel, expert: Expert, progress: Progress = SILENT) -> Corpora:
     """Return an expert's documents as a model reads them, with those that it is to make itself."""
-    from cusprun.corpus import build_corpora
+    from cusprun.corpus import build_corpora, corpus_hash
     from cusprun.pipeline.augment import augmented
 
-    return augmented(opened, expert, build_corpora(expert, opened.index.folder, progress), progress)
+    ranks = opened.workspace.ranks
+    corpora = build_corpora(expert, opened.index.folder, progress)
+    ranks.require_same({"documents": corpus_hash(corpora)})
+    if expert.augment is None:
+        return corpora
+    return ranks.from_first(lambda: augmented(opened, expert, corpora, progress))
 
 
 def plan(
@@ -193,6 +210,7 @@ def prune(
     shard_bytes: int | None = None,
     device: str = DEFAULT_DEVICE,
     memory: int | str | None = None,
+    ranks: Ranks = ALONE,
     progress: Progress = SILENT,
 ) -> Manifest | NeuronManifest:
     """Write the smaller model that an expert needs as a Hugging Face folder; return its manifest.
@@ -207,8 +225,8 @@ def prune(
     ``refit_target`` what they aim at: ``output`` (the default), ``residual`` or ``auto`` (see
     ``docs/method.md``). With
     ``granularity="neuron"`` single neurons of every matrix are zeroed by the rule (``paper`` unless given) in
-    ``ratio``, and every shape stays. ``shard_bytes`` bounds a weight file (2 GB). ``device`` and
-    ``memory`` are those of :func:`score`. Interrupted and called again, it continues from the scores.
+    ``ratio``, and every shape stays. ``shard_bytes`` bounds a weight file (2 GB). ``device``, ``memory`` and
+    ``ranks`` are those of :func:`score`. Interrupted and called again, it continues from the scores.
 
     Raises:
         DeviceError: the device is unknown, does not work or has too little memory.
@@ -222,8 +240,10 @@ def prune(
         OutputError: ``out`` exists, cannot be written or does not fit on the disk.
         UserError: a rule, target, kind of unit or dimension is unknown, wishes contradict one another, or
             the memory is too little; the text says what would do.
+        RankError: another rank failed or was lost.
     """
-    target = fresh_output(out)
+    refuse_shared_neurons(granularity, ranks)
+    target = ranks.from_first(lambda: fresh_output(out))
     wishes = PruneWishes(
         ratio=ratio,
         rule=rule,
@@ -242,11 +262,12 @@ def prune(
     )
     wishes.check()
     require_units(memory, granularity)
-    workspace = workspace_of(memory)
-    where = open_device(device)
+    workspace = workspace_of(memory, ranks=ranks)
+    where = open_device(device, ranks.local_rank)
     chosen = as_expert(expert)
     wishes.check_dimensions(chosen)
     opened = open_model(model, progress, where, workspace)
+    require_same_wishes(opened, wishes)
     corpora = corpora_of(opened, chosen, progress)
     if granularity == "neuron":
         from cusprun.pipeline.neurons import prune_neurons
@@ -267,11 +288,11 @@ def prune_opened(
 ) -> Manifest:
     """Do the work of :func:`prune` on a model and corpora that are open."""
     from cusprun.pipeline.search import largest_within_loss
-    from cusprun.pruning.store import open_store
 
     seconds: dict[str, float] = {}
     if wishes.plan is not None:
-        made = _given_plan(wishes.plan, opened, wishes.refit)
+        given = wishes.plan
+        made = opened.workspace.ranks.from_first(lambda: _given_plan(given, opened, wishes.refit))
         wishes.check_family(opened.index.family, made.rule)
         require_pruning_memory(opened, corpora, wishes.settings(made.rule, opened.index.family))
     else:
@@ -290,18 +311,19 @@ def prune_opened(
         stores = wishes.stores or (scored(opened, expert, corpora, progress),)
         seconds["score"] = time.monotonic() - started
         started = time.monotonic()
-        store = open_store(stores)
-        if wishes.stores:
-            store.require_tokens((*corpora.calibration, *corpora.held_out, *corpora.general))
-        planner = _planner(opened, store, wishes)
+        ranks = opened.workspace.ranks
         if wishes.max_loss is not None:
-            return largest_within_loss(
-                planner,
-                wishes.max_loss,
-                out,
+            limit = wishes.max_loss
+            return written_together(
+                ranks,
+                lambda write: largest_within_loss(
+                    _planner_of(opened, corpora, stores, wishes), limit, out, write
+                ),
                 lambda made, folder: _write(opened, expert, corpora, folder, made, wishes, seconds, progress),
             )
-        made = planner.plan(wishes.budget(opened.index))
+        made = ranks.from_first(
+            lambda: _planner_of(opened, corpora, stores, wishes).plan(wishes.budget(opened.index))
+        )
         seconds["plan"] = time.monotonic() - started
     return _write(opened, expert, corpora, out, made, wishes, seconds, progress)
 
@@ -393,6 +415,16 @@ def _planner(opened: OpenModel, store: ImpactStore, wishes: PlanWishes) -> Plann
         units=wishes.units,
         refit=wishes.refit,
     )
+
+
+def _planner_of(opened: OpenModel, corpora: Corpora, stores: Sequence[Path], wishes: PruneWishes) -> Planner:
+    """Return the planner on the scores that were given or made, which are those of the documents."""
+    from cusprun.pruning.store import open_store
+
+    store = open_store(stores)
+    if wishes.stores:
+        store.require_tokens((*corpora.calibration, *corpora.held_out, *corpora.general))
+    return _planner(opened, store, wishes)
 
 
 def _given_plan(plan: StrPath | Plan, opened: OpenModel, refit: bool) -> Plan:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cusprun.errors import UserError, require_kind
+from cusprun.pipeline.workdir import work_folder
+from cusprun.resolve import StrPath
+from cusprun.walk.ranks import ALONE, Ranks
 from cusprun.walk.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -14,10 +17,13 @@ if TYPE_CHECKING:
     from cusprun.walk.budget import Demand
 
 
-def workspace_of(memory: int | str | None = None) -> Workspace:
-    """Return what walks may use; ``memory`` is in bytes, or a text like ``4GB``.
+def workspace_of(
+    memory: int | str | None = None, workdir: StrPath | None = None, ranks: Ranks = ALONE
+) -> Workspace:
+    """Return what walks may use; ``memory``, of each process, is in bytes, or a text like ``4GB``.
 
     Raises:
+        OutputError: the folder ``workdir`` cannot be made or written.
         UserError: the memory is not an amount above 0.
     """
     from cusprun.walk.allocator import give_back_when_freed
@@ -25,7 +31,7 @@ def workspace_of(memory: int | str | None = None) -> Workspace:
     allowed = memory_bytes(memory)
     if allowed is not None:
         give_back_when_freed()
-    return Workspace(memory_bytes=allowed)
+    return Workspace(work_folder(workdir), allowed, ranks)
 
 
 def memory_bytes(memory: int | str | None) -> int | None:

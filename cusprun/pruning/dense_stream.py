@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from contextlib import ExitStack
 
 import torch
 from torch import nn
@@ -12,9 +10,9 @@ from torch import nn
 from cusprun.errors import PlanError, require_known
 from cusprun.families import Family
 from cusprun.records import REFIT_TARGETS
-from cusprun.walk.batches import Batch
 from cusprun.walk.shell import DecoderShell
-from cusprun.walk.spill import Spill, spilled
+from cusprun.walk.spill import Spill
+from cusprun.walk.stream import Stream
 
 
 def check_target(target: str, family: Family) -> None:
@@ -34,14 +32,20 @@ def check_target(target: str, family: Family) -> None:
 
 
 class DenseStream:
-    """Moves the documents through the whole model, one block at a time; made by :func:`dense_stream`."""
+    """Moves ``count`` batches through the whole model, one block at a time.
 
-    def __init__(self, shell: DecoderShell, count: int, spills: tuple[Spill, Spill, Spill]) -> None:
+    ``hidden`` is the stream before block ``layer``; ``added`` is where both sublayers' outputs are kept. Its
+    files take 16 bytes for each padded token and entry of a hidden state, 20 where blocks go.
+    """
+
+    def __init__(
+        self, shell: DecoderShell, count: int, hidden: Stream, added: tuple[Spill, Spill], layer: int = 0
+    ) -> None:
         modules = shell.index.family.modules
-        self._shell, self._count = shell, count
-        self._hidden, self._attended, self._ffn = spills
+        self._shell, self._count, self._layer = shell, count, layer
+        self._hidden = hidden
+        self._attended, self._ffn = added
         self._outputs = {modules.attention_output: self._attended, modules.mlp_output: self._ffn}
-        self._layer = 0
 
     def pass_until(self, layer: int) -> None:
         """Move past the blocks before ``layer`` that the cut model does not have."""
@@ -67,6 +71,7 @@ class DenseStream:
         for position in range(self._count):
             attended = self._hidden.read(position) + self._attended.read(position)
             self._hidden.write(position, attended + self._ffn.read(position))
+        self._hidden.turn()
         self._layer += 1
 
     def drift(
@@ -91,20 +96,3 @@ def _keep_output(
         given[path] = output
 
     return module.register_forward_hook(keep)
-
-
-@contextmanager
-def dense_stream(
-    shell: DecoderShell, batches: Sequence[Batch], folder: Path | None = None
-) -> Iterator[DenseStream]:
-    """Yield the stream before block 0, over the documents of ``batches``.
-
-    Its three files take 12 bytes for each padded token and entry of a hidden state.
-    """
-    width = shell.index.shape.hidden_size
-    with ExitStack() as stack:
-        hidden, attended, ffn = (
-            stack.enter_context(spilled(batches, width, folder, device=shell.device)) for _ in range(3)
-        )
-        shell.embed_into(hidden, batches)
-        yield DenseStream(shell, len(batches), (hidden, attended, ffn))

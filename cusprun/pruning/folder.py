@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from cusprun import clock
 from cusprun.checkpoint.files import copy_carried_files, write_config
 from cusprun.checkpoint.index import CheckpointIndex, model_hash, open_checkpoint
 from cusprun.checkpoint.output import atomic_folder, refuse_existing, require_space
@@ -20,15 +21,16 @@ from cusprun.codec import dump_json
 from cusprun.progress import SILENT, Progress
 from cusprun.pruning.card import model_card
 from cusprun.pruning.dense_stream import check_target
+from cusprun.pruning.fitted_blocks import BlockOf, fitted_blocks, refit_key
 from cusprun.pruning.refit import RefitSettings
 from cusprun.pruning.refit_memory import refitting
 from cusprun.pruning.rewrite import (
     DEFAULT_SETTINGS,
     WrittenWeights,
     compensating_flags,
-    write_weights,
+    write_blocks,
 )
-from cusprun.pruning.target_choice import TargetChoice, choose_target
+from cusprun.pruning.target_choice import TargetChoice, WriteModel, chosen_target
 from cusprun.quality.likelihood import (
     DocumentLikelihood,
     exp_of_mean,
@@ -108,60 +110,94 @@ def write_expert(
         check_target(settings.target, index.family)
     refuse_existing(out)
     require_space(out, round(index.num_bytes * (1 - plan.total_ratio)) + SMALL_FILES_BYTES)
+    clock.check()
 
     def work(batching: Batching) -> Manifest:
-        with atomic_folder(out) as folder:
-            started = time.monotonic()
-            measuring: dict[str, Any] = {"device": device, "workspace": workspace, "progress": progress}
-            write = partial(
-                _write_model, index, plan, max_shard_bytes=max_shard_bytes, batching=batching, **measuring
-            )
-            made = _made(write, folder, corpora.calibration, settings, **measuring)
-            copy_carried_files(index.folder, folder)
-            seconds = {**provenance.seconds, "refit_and_write": time.monotonic() - started}
-            written = open_checkpoint(folder)
-            quality = measure_likelihood(written, corpora.held_out, index, **measuring) if measure else ()
-            told = replace(provenance, seconds=seconds)
-            manifest = _manifest(index, written, plan, corpora, told, made, quality, device)
-            dump_json(manifest, folder / MANIFEST_NAME)
-            (folder / CARD_NAME).write_text(model_card(manifest), encoding="utf-8")
-        return manifest
+        with ExitStack() as unfinished:  # ends after the output is committed
+            with ExitStack() as output:
+                folder = ranks.from_first(lambda: output.enter_context(atomic_folder(out)))
+                started = time.monotonic()
+                write = partial(
+                    _written_model, index, plan, max_shard_bytes=max_shard_bytes, batching=batching, **running
+                )
+                key = refit_key(plan, corpora.calibration, settings, batching, device, workspace)
+                made = _made(write, folder, corpora.calibration, settings, key, unfinished, **running)
+                seconds = {**provenance.seconds, "refit_and_write": time.monotonic() - started}
+                written = open_checkpoint(folder)
+                quality = measure_likelihood(written, corpora.held_out, index, **running) if measure else ()
+                told = replace(provenance, seconds=seconds)
+                manifest = _manifest(index, written, plan, corpora, told, made, quality, device)
+                ranks.from_first(lambda: _describe(index, folder, manifest))
+            return ranks.from_first(lambda: manifest)
 
+    ranks = workspace.ranks
+    running: dict[str, Any] = {"device": device, "workspace": workspace, "progress": progress}
     lengths = [len(document.token_ids) for document in corpora.calibration]
     demand = refitting(index, lengths, settings, workspace.memory_bytes)
     batching = batching_within(workspace.memory_bytes, demand)
     return with_smaller_batches(device, work, batching)
 
 
-def _write_model(
+def _describe(index: CheckpointIndex, folder: Path, manifest: Manifest) -> None:
+    """Add the files that are not weights, and say where everything comes from."""
+    copy_carried_files(index.folder, folder)
+    dump_json(manifest, folder / MANIFEST_NAME)
+    (folder / CARD_NAME).write_text(model_card(manifest), encoding="utf-8")
+
+
+@contextmanager
+def _written_model(
     index: CheckpointIndex,
     plan: Plan,
     folder: Path,
     documents: Sequence[TokenizedDocument],
     settings: RefitSettings,
+    *,
+    max_shard_bytes: int,
+    workspace: Workspace,
+    progress: Progress,
     **options: Any,
-) -> WrittenWeights:
-    """Write what a model is measured from; ``options`` are those of :func:`write_weights`."""
-    write_config(folder, expert_config(index, plan, compensating_flags(index, plan, settings)))
-    return write_weights(index, plan, folder, documents, settings=settings, **options)
+) -> Iterator[WrittenWeights]:
+    """Write what a model is measured from; ``options`` are those of :func:`fitted_blocks`.
+
+    The blocks that were refit go when the context ends well.
+    """
+    flags = compensating_flags(index, plan, settings)
+
+    def write(fitted: BlockOf) -> WrittenWeights:
+        write_config(folder, expert_config(index, plan, flags))
+        return write_blocks(
+            index, plan, folder, fitted, flags, max_shard_bytes=max_shard_bytes, progress=progress
+        )
+
+    with fitted_blocks(
+        index, plan, documents, settings, workspace=workspace, progress=progress, **options
+    ) as fitted:
+        yield workspace.ranks.from_first(lambda: write(fitted))
 
 
 def _made(
-    write: Callable[[Path, Sequence[TokenizedDocument], RefitSettings], WrittenWeights],
+    write: WriteModel,
     folder: Path,
     documents: Sequence[TokenizedDocument],
     settings: RefitSettings,
+    key: str,
+    unfinished: ExitStack,
     **measuring: Any,
 ) -> _Made:
     """Write config and weights, by the target that ``auto`` stands for where that is asked.
 
-    ``measuring`` holds the options of :func:`choose_target`.
+    ``key`` and ``measuring`` are those of :func:`chosen_target`; ``unfinished`` keeps what is needed to go on
+    until it is closed.
     """
     choice = None
     if settings.mode == "refit" and settings.target == "auto":
-        choice = choose_target(write, documents, settings, folder / "trial", **measuring)
+        scratch = folder / "trial"
+        choice = unfinished.enter_context(
+            chosen_target(write, documents, settings, scratch, key, **measuring)
+        )
         settings = replace(settings, target=choice.target)
-    return _Made(write(folder, documents, settings), settings, choice)
+    return _Made(unfinished.enter_context(write(folder, documents, settings)), settings, choice)
 
 
 def expert_config(index: CheckpointIndex, plan: Plan, flags: Sequence[str] = ()) -> dict[str, Any]:
@@ -217,7 +253,7 @@ def _manifest(
     kept, total_ratio = made.weights.layers, 1 - written.num_parameters / index.num_parameters
     return Manifest(
         cusprun_version=__version__,
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        created=clock.created(),
         source=provenance.source,
         source_hash=provenance.model_hash,
         model_hash=model_hash(written),
@@ -234,7 +270,7 @@ def _manifest(
         plan=replace(plan, layers=kept, total_ratio=total_ratio),
         parameters_before=index.num_parameters,
         parameters_after=written.num_parameters,
-        seconds={stage: round(value, 2) for stage, value in provenance.seconds.items()},
+        seconds=clock.took(provenance.seconds),
         versions={
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in VERSIONED},

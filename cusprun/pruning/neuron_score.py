@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +13,21 @@ import torch
 from torch import nn
 
 from cusprun.checkpoint.index import CheckpointIndex
-from cusprun.checkpoint.output import atomic_folder
-from cusprun.codec import dump_json
+from cusprun.checkpoint.output import refuse_existing
 from cusprun.families import Modules
 from cusprun.progress import SILENT, Progress
 from cusprun.pruning.impact import channel_norms, masked_channels
 from cusprun.pruning.neuron_impact import query_and_key_impacts, value_and_output_impacts
 from cusprun.pruning.neuron_parts import neuron_squares
-from cusprun.pruning.score import block_tensors, observed_inputs, require_finite, store_info
-from cusprun.pruning.store_layout import STORE_FILE, StoreInfo, empty_arrays, layer_bytes, layer_file
+from cusprun.pruning.score import block_tensors, observed_inputs
+from cusprun.pruning.score_walk import Arrays, scored_layers, store_info
 from cusprun.records import Corpora
-from cusprun.walk.batches import Batch, make_batches
+from cusprun.walk.batches import Batch
 from cusprun.walk.device import CPU, Device
 from cusprun.walk.fallback import Batching, with_smaller_batches
 from cusprun.walk.shell import DecoderShell
-from cusprun.walk.spill import Spill, spilled
+from cusprun.walk.stream import Stream
+from cusprun.walk.workspace import DEFAULT_WORKSPACE, Workspace
 
 _ATTENTION = "cusprun_observed"
 _SEEN = "cusprun_seen"
@@ -42,6 +43,7 @@ def score_neurons(
     expert_name: str = "",
     exact: bool = False,
     device: Device = CPU,
+    workspace: Workspace = DEFAULT_WORKSPACE,
     progress: Progress = SILENT,
 ) -> Path:
     """Score every neuron on the calibration documents and write an impact store of granularity ``neuron``.
@@ -55,67 +57,44 @@ def score_neurons(
         ModelError: weights cannot be read or are not finite.
         OutputError: ``out`` exists already or cannot be written.
     """
-    info = replace(
-        store_info(
-            index,
-            corpora,
-            model_hash=model_hash,
-            corpus_hash=corpus_hash,
-            expert_name=expert_name,
-            device=device,
-        ),
+    info = store_info(
+        index,
+        corpora,
+        model_hash=model_hash,
+        corpus_hash=corpus_hash,
+        expert_name=expert_name,
+        device=device,
         granularity="neuron",
     )
+    refuse_existing(out)
 
     def work(batching: Batching) -> None:
-        with atomic_folder(out) as folder:
-            _score_into(folder, index, corpora, info, exact, batching, device, progress)
+        with scored_layers(
+            index,
+            corpora,
+            info,
+            partial(_score_block, exact),
+            exact,
+            device=device,
+            batching=batching,
+            workspace=workspace,
+            progress=progress,
+        ) as scored:
+            scored.write(out)
 
     with_smaller_batches(device, work)
     return out
 
 
-def _score_into(
-    folder: Path,
-    index: CheckpointIndex,
-    corpora: Corpora,
-    info: StoreInfo,
-    exact: bool,
-    batching: Batching,
-    device: Device,
-    progress: Progress,
-) -> None:
-    """Write the files of a store."""
-    batches = make_batches(corpora.calibration, batching.tokens)
-    num_layers = index.shape.num_hidden_layers
-    rotary_dims: set[int] = set()
-    with (
-        device.exact(),
-        spilled(batches, index.shape.hidden_size, device=device) as hidden,
-        progress.stage(f"scoring{batching.note}", num_layers * len(batches), "batch") as advance,
-    ):
-        shell = DecoderShell(index, device)
-        shell.embed_into(hidden, batches)
-        for layer in range(num_layers):
-            arrays = empty_arrays(index.shape, len(corpora.calibration), "neuron")
-            for rotary_dim in _score_block(shell, layer, batches, hidden, arrays, exact):
-                rotary_dims.add(rotary_dim)
-                advance(1)
-            require_finite(arrays, index, layer)
-            (folder / layer_file(layer)).write_bytes(layer_bytes(info, layer, arrays))
-        (rotary_dim,) = rotary_dims  # no family rotates more channels in one block than in another
-        dump_json(replace(info, rotary_dim=rotary_dim), folder / STORE_FILE)
-
-
 def _score_block(
+    exact: bool,
     shell: DecoderShell,
     layer: int,
     batches: Sequence[Batch],
-    hidden: Spill,
-    arrays: dict[str, torch.Tensor],
-    exact: bool,
+    hidden: Stream,
+    arrays: Arrays,
 ) -> Iterator[int]:
-    """Run one block over all batches, filling ``arrays``; yields the number of rotated channels of a head."""
+    """Score the neurons of one block; see ``score_walk.ScoreBlock``."""
     index, shape = shell.index, shell.index.shape
     modules = index.family.modules
     put, fetch = shell.device.put, shell.device.fetch

@@ -6,12 +6,12 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
+from cusprun import clock
 from cusprun.checkpoint.files import copy_carried_files, write_config
 from cusprun.checkpoint.index import CheckpointIndex, model_hash, open_checkpoint
 from cusprun.checkpoint.output import atomic_folder, refuse_existing, require_space
@@ -69,6 +69,7 @@ def write_zeroed(
     """
     refuse_existing(out)
     require_space(out, index.num_bytes + SMALL_FILES_BYTES)
+    clock.check()
     with atomic_folder(out) as folder:
         started = time.monotonic()
         write_config(folder, index.config)
@@ -131,7 +132,7 @@ def _manifest(
 ) -> NeuronManifest:
     return NeuronManifest(
         cusprun_version=__version__,
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        created=clock.created(),
         source=provenance.source,
         source_hash=provenance.model_hash,
         model_hash=model_hash(written),
@@ -147,7 +148,7 @@ def _manifest(
         plan=plan,
         parameters=index.num_parameters,
         zeroed_parameters=zeroed,
-        seconds={stage: round(value, 2) for stage, value in provenance.seconds.items()},
+        seconds=clock.took(provenance.seconds),
         versions={
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in VERSIONED},

@@ -22,14 +22,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from cusprun.pruning.gram import Drift
+from cusprun.pruning.least_squares import Tokens
+from cusprun.pruning.triangle import spans
 
 MODES = ("refit", "bias", "none")
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
 """Ridges that are tried, as shares of the mean diagonal of the Gram matrix of usual tokens."""
 DEFAULT_RIDGE = 1e-2
 """Ridge where no document is kept apart to choose one."""
-_RIDGE_STEPS = 12
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,12 @@ class Refitted:
 
 def refit(
     weight: torch.Tensor,
-    fit: torch.Tensor,
+    fit: Tokens,
     keep: Sequence[int],
     *,
-    apart: torch.Tensor | None = None,
-    drift: Drift | None = None,
-    apart_drift: Drift | None = None,
+    apart: Tokens | None = None,
     ridges: Sequence[float] = RIDGES,
-    unit: float | None = None,
+    unit: float,
 ) -> Refitted:
     """Solve for the surviving columns.
 
@@ -86,76 +84,49 @@ def refit(
     columns, those are returned.
 
     Args:
-        weight: the projection, [features, n], any float type, on the device of ``fit``.
-        fit: a^T a over the tokens to fit, symmetric [n, n], any float type; it is solved in float64 where it
-            is. At the most nine matrices of its size exist in float64 at one time, and with a drift four of
-            [features, n] more.
+        weight: the projection, [features, n], any float type, on the device of the tokens.
+        fit: the tokens to fit, and what the target is there beyond the projection's own output.
         keep: surviving channels, ascending.
-        apart: the same over tokens that are only judged on.
-        drift: what the target is beyond the projection's own output, over the tokens of ``fit``; none when it
-            is that output.
-        apart_drift: the same over the tokens of ``apart``.
+        apart: tokens that are only judged on.
         ridges: shares of ``unit``, in the order of preference.
-        unit: what a ridge of one adds to the diagonal; the mean diagonal of ``fit`` when it is not given.
+        unit: what a ridge of one adds to the diagonal.
 
     Returns:
         The new columns, rounded to the type of ``weight``.
     """
-    whole = weight.double()
-    unit = float(fit.diagonal().mean()) if unit is None else unit
-    problem = _Problem(whole, fit.double(), keep, drift)
-    judge = problem if apart is None else _Problem(whole, apart.double(), keep, apart_drift)
+    kept, gone = _positions(keep, weight)
+    system = fit.system(weight, kept, gone)
+    judge = (fit if apart is None else apart).judge(weight, kept, gone)
     candidates = ridges if apart is not None else ridges[:1]
-    tried = [(judge.error(problem.change(ridge * unit)), ridge) for ridge in candidates]
+    tried = [(judge.error(system, ridge * unit), ridge) for ridge in candidates]
     after, ridge = min(tried, key=lambda entry: entry[0])
-    before = judge.error(None)
-    if apart is None:
-        final = problem
-    else:
-        joined = None if drift is None else drift.joined(apart_drift)
-        final = _Problem(whole, fit.double() + apart.double(), keep, joined)
-    rounded = (final.kept + final.change(ridge * unit)).to(weight.dtype)
-    scale = judge.energy if judge.energy > 0 else 1.0
+    before, scale = judge.before, judge.energy if judge.energy > 0 else 1.0
+    if apart is not None:
+        system = judge.joined(system)
+    change = system.change(ridge * unit)
+    rounded = _rounded(change, weight, kept)
     # Rounding to the type of the weights can cost more than a refit of almost nothing gains.
-    sound = after < before and final.error(rounded.double() - final.kept) < final.error(None)
+    sound = after < before and system.gain(change) > 0
     if not sound:
-        return Refitted(final.kept.to(weight.dtype), before / scale, before / scale, None)
+        return Refitted(weight[:, kept], before / scale, before / scale, None)
     return Refitted(rounded, before / scale, after / scale, ridge)
 
 
-class _Problem:
-    """The least squares of one projection over one set of tokens."""
+def _positions(keep: Sequence[int], weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the channels that stay and those that go, beside the weight."""
+    gone = torch.ones(weight.shape[1], dtype=torch.bool)
+    gone[list(keep)] = False
+    return torch.tensor(list(keep)).to(weight.device), gone.nonzero().flatten().to(weight.device)
 
-    def __init__(
-        self, weight: torch.Tensor, gram: torch.Tensor, keep: Sequence[int], drift: Drift | None
-    ) -> None:
-        kept = torch.tensor(list(keep)).to(gram.device)
-        gone = torch.ones(gram.shape[0], dtype=torch.bool, device=gram.device)
-        gone[kept] = False
-        removed = gone.nonzero().flatten()
-        lost = weight[:, removed]
-        self.kept = weight[:, kept]
-        self._gram = gram[kept][:, kept]
-        self._target = lost @ gram[removed][:, kept]  # [features, survivors]
-        self._lost_energy = float((lost @ gram[removed][:, removed] * lost).sum())
-        self.energy = float((weight @ gram * weight).sum())
-        if drift is not None:
-            cross = drift.cross.double()
-            self._target = self._target + cross[:, kept]
-            self._lost_energy += 2 * float((cross[:, removed] * lost).sum()) + drift.energy
-            self.energy += 2 * float((cross * weight).sum()) + drift.energy
 
-    def change(self, ridge: float) -> torch.Tensor:
-        """Return what a ridge adds to the surviving columns, [features, survivors]."""
-        solved: torch.Tensor = torch.cholesky_solve(self._target.T, factor(self._gram, ridge)).T
-        return solved
-
-    def error(self, change: torch.Tensor | None) -> float:
-        """Return the squared norm of what the target lacks with a change of the surviving columns."""
-        if change is None:
-            return max(self._lost_energy, 0.0)
-        gained = 2 * float((change * self._target).sum()) - float((change @ self._gram * change).sum())
-        return max(self._lost_energy - gained, 0.0)
+def _rounded(change: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Return the new columns in the type of ``weight``, and leave in ``change`` what that makes of it."""
+    rounded = torch.empty(change.shape, dtype=weight.dtype, device=weight.device)
+    for start, stop in spans(len(change)):
+        own = weight[start:stop][:, kept].double()
+        rounded[start:stop] = own + change[start:stop]
+        change[start:stop] = rounded[start:stop].double() - own
+    return rounded
 
 
 def mean_bias(weight: torch.Tensor, means: torch.Tensor, keep: Sequence[int]) -> torch.Tensor:
@@ -167,16 +138,3 @@ def mean_bias(weight: torch.Tensor, means: torch.Tensor, keep: Sequence[int]) ->
     gone[list(keep)] = False
     gone = gone.to(weight.device)
     return (weight.double()[:, gone] @ means.double()[gone]).to(weight.dtype)
-
-
-def factor(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Return the Cholesky factor of ``matrix + ridge * I``, growing the ridge until it exists."""
-    ridge = ridge or 1.0
-    for step in range(_RIDGE_STEPS):
-        ridged = matrix.clone()
-        ridged.diagonal().add_(ridge * 10**step)
-        found: torch.Tensor
-        found, info = torch.linalg.cholesky_ex(ridged)
-        if int(info) == 0 and bool(torch.isfinite(found).all()):
-            return found
-    raise AssertionError("a positive semi-definite matrix plus a ridge has a Cholesky factor")

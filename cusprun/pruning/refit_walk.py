@@ -8,7 +8,7 @@ block is fitted on the inputs that the cut and refit blocks before it give, and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,18 +18,21 @@ from cusprun.checkpoint.index import CheckpointIndex
 from cusprun.checkpoint.reader import read_tensor
 from cusprun.codec import Indices
 from cusprun.families import axis_length
-from cusprun.pruning.dense_stream import DenseStream, check_target, dense_stream
-from cusprun.pruning.gram import Gram
-from cusprun.pruning.refit import DEFAULT_RIDGE, RIDGES, RefitSettings, Refitted, mean_bias, refit
+from cusprun.pruning.dense_stream import DenseStream, check_target
+from cusprun.pruning.inputs import Inputs, count_tokens
+from cusprun.pruning.refit import RefitSettings, mean_bias
 from cusprun.pruning.refit_documents import TokenWeights, anchor_documents, token_weights
 from cusprun.pruning.slicing import kept_positions
-from cusprun.pruning.surgeon import choose_channels
 from cusprun.records import LayerPlan, LayerRefit, TokenizedDocument
 from cusprun.walk.batches import Batch, make_batches
 from cusprun.walk.device import CPU, Device
 from cusprun.walk.fallback import DEFAULT_BATCHING, Batching, on_device_or_host
+from cusprun.walk.ranks import ALONE, Ranks
+from cusprun.walk.scratch import scratch_of
 from cusprun.walk.shell import DecoderShell
 from cusprun.walk.spill import Spill, spilled
+from cusprun.walk.stream import Stream
+from cusprun.walk.work import Work
 from cusprun.walk.workspace import DEFAULT_WORKSPACE, Workspace
 
 _NORM_EPSILON = 1e-6
@@ -86,41 +89,17 @@ class BlockRefit:
 
 
 @dataclass(frozen=True)
-class _Grams:
-    """Of the tokens that are fitted, and of those that are only judged on."""
+class RefitTexts:
+    """What a refit is fitted on: this rank's batches, what their tokens weigh, and their streams.
 
-    fit: Gram
-    apart: Gram
+    ``hidden`` is the stream of the model that is cut, ``dense`` that of the original where it is the target.
+    """
 
-    def fetched(self, device: Device) -> _Grams:
-        """Return both on the host."""
-        return _Grams(self.fit.fetched(device), self.apart.fetched(device))
-
-    def chosen_channels(self, weight: torch.Tensor, count: int) -> list[int]:
-        """Return the channels that the refit can best keep; ``weight`` is where the matrices are."""
-        drift = self.fit.total_drift()
-        return choose_channels(
-            weight,
-            self.fit.total(),
-            count,
-            cross=None if drift is None else drift.cross,
-            unit=self.fit.usual_scale(),
-        )
-
-    def refitted(self, weight: torch.Tensor, keep: Sequence[int]) -> Refitted:
-        """Solve for the columns ``keep`` of ``weight``, which is where the matrices are."""
-        judged = not self.apart.is_empty
-        return refit(
-            weight,
-            self.fit.total(),
-            keep,
-            # Outliers are fitted all but exactly, and their energy would hide what is lost of the others.
-            apart=self.apart.usual() if judged else None,
-            drift=self.fit.total_drift(),
-            apart_drift=self.apart.usual_drift() if judged else None,
-            ridges=RIDGES if judged else (DEFAULT_RIDGE,),
-            unit=self.fit.usual_scale(),
-        )
+    batches: tuple[Batch, ...]
+    weights: TokenWeights
+    settings: RefitSettings
+    hidden: Stream
+    dense: Stream | None
 
 
 class RefitWalk:
@@ -129,18 +108,19 @@ class RefitWalk:
     def __init__(
         self,
         shell: DecoderShell,
-        batches: Sequence[Batch],
-        weights: TokenWeights,
-        settings: RefitSettings,
-        spills: tuple[Spill, Spill, Spill, Spill],
+        texts: RefitTexts,
+        spills: tuple[Spill, Spill, Spill],
         dense: DenseStream | None = None,
+        workspace: Workspace = DEFAULT_WORKSPACE,
     ) -> None:
         modules = shell.index.family.modules
-        self._shell, self._batches, self._weights, self._settings = shell, batches, weights, settings
-        self._device, self._dense = shell.device, dense
-        self._hidden, self._attended = spills[:2]
-        self._attention = _Sublayer(modules.attention_output, "heads", spills[2])
-        self._ffn = _Sublayer(modules.mlp_output, "ffn", spills[3])
+        self._shell, self._device, self._dense = shell, shell.device, dense
+        self._batches, self._weights, self._settings = texts.batches, texts.weights, texts.settings
+        self._scratch, self._ranks = scratch_of(workspace), workspace.ranks
+        self._counts = count_tokens(texts.weights, workspace.ranks)
+        self._hidden, self._attended = texts.hidden, spills[0]
+        self._attention = _Sublayer(modules.attention_output, "heads", spills[1])
+        self._ffn = _Sublayer(modules.mlp_output, "ffn", spills[2])
 
     def refit_block(self, layer: int, plan: LayerPlan) -> BlockRefit:
         """Fit one block of the model and move the stream past it."""
@@ -164,6 +144,7 @@ class RefitWalk:
                     attention.output = self._attended.read(position)
                     mlp.output = project(position)
                     self._hidden.write(position, self._shell.run(self._hidden.read(position)))
+        self._hidden.turn()
         if self._dense is not None:
             self._dense.leave()
         return result
@@ -186,17 +167,17 @@ class RefitWalk:
         weight: torch.Tensor = own.get_parameter("weight")
         bias: torch.Tensor | None = getattr(own, "bias", None)
         keep = kept_positions(sublayer.axis, result.kept, index.shape)
-        grams = self._collect(block, sublayer, attention, measured=keep is not None)
-        if keep is not None:
+        inputs = self._collect(block, sublayer, attention, measured=keep is not None)
+        if keep is not None and inputs is not None:
             name = f"{index.family.layer_prefix(layer)}{sublayer.projection}.weight"
             stored = self._device.put(read_tensor(index, name))
             if self._settings.mode == "bias":
-                result, weight, bias = _biased(result, name, stored, grams.fit, keep, bias, self._device)
+                result, weight, bias = _biased(result, name, stored, inputs, keep, bias, self._device)
             else:
                 if sublayer is self._ffn and self._settings.revise:
-                    keep = self._chosen(stored, grams, len(keep))
+                    keep = self._chosen(stored, inputs, len(keep))
                     result = replace(result, kept=replace(result.kept, ffn_channels=Indices(keep)))
-                result, weight = self._refitted(result, layer, sublayer.projection, stored, grams, keep)
+                result, weight = self._refitted(result, layer, sublayer.projection, stored, inputs, keep)
         chosen = None if keep is None else self._device.put(torch.tensor(keep))
 
         def project(position: int) -> torch.Tensor:
@@ -208,12 +189,14 @@ class RefitWalk:
 
         return project, result
 
-    def _chosen(self, weight: torch.Tensor, grams: _Grams, count: int) -> list[int]:
+    def _chosen(self, weight: torch.Tensor, inputs: Inputs, count: int) -> list[int]:
         fetch = self._device.fetch
-        return on_device_or_host(
-            self._device,
-            lambda: grams.chosen_channels(weight, count),
-            lambda: grams.fetched(self._device).chosen_channels(fetch(weight), count),
+        return self._ranks.from_first(
+            lambda: on_device_or_host(
+                self._device,
+                lambda: inputs.chosen_channels(weight, count),
+                lambda: inputs.fetched(self._device).chosen_channels(fetch(weight), count),
+            )
         )
 
     def _refitted(
@@ -222,15 +205,17 @@ class RefitWalk:
         layer: int,
         projection: str,
         weight: torch.Tensor,
-        grams: _Grams,
+        inputs: Inputs,
         keep: list[int],
     ) -> tuple[BlockRefit, torch.Tensor]:
         """Return ``result`` with one projection more, and its new columns in float32 on the device."""
         device = self._device
-        fitted = on_device_or_host(
-            device,
-            lambda: grams.refitted(weight, keep),
-            lambda: grams.fetched(device).refitted(device.fetch(weight), keep),
+        fitted = self._ranks.from_first(
+            lambda: on_device_or_host(
+                device,
+                lambda: inputs.refitted(weight, keep),
+                lambda: inputs.fetched(device).refitted(device.fetch(weight), keep),
+            )
         )
         report = LayerRefit(
             layer,
@@ -238,7 +223,7 @@ class RefitWalk:
             fitted.relative_error_before,
             fitted.relative_error_after,
             fitted.ridge,
-            "calibration" if grams.apart.is_empty else "held-out",
+            "held-out" if inputs.is_judged else "calibration",
         )
         name = f"{self._shell.index.family.layer_prefix(layer)}{projection}.weight"
         result = replace(
@@ -250,12 +235,10 @@ class RefitWalk:
 
     def _collect(
         self, block: nn.Module, sublayer: _Sublayer, attention: _Replay | None, *, measured: bool
-    ) -> _Grams:
-        """Run a block up to one projection: spill its channels, return their Gram matrices."""
-        width = axis_length(sublayer.axis, self._shell.index.shape) if measured else 0
+    ) -> Inputs | None:
+        """Run a block up to one projection: spill its channels, return what is known of all ranks'."""
         hidden_size = self._shell.index.shape.hidden_size
-        features = hidden_size if measured and self._dense is not None else 0
-        grams = _Grams(Gram(width, self._device, features), Gram(width, self._device, features))
+        inputs = self._no_inputs(sublayer) if measured else None
         tap, own = _Tap(hidden_size), block.get_submodule(sublayer.projection)
         with _replaced(block, {sublayer.projection: tap}), torch.inference_mode():
             for position in range(len(self._batches)):
@@ -265,18 +248,31 @@ class RefitWalk:
                     attention.output = attended
                 self._shell.run(stream)
                 sublayer.channels.write(position, tap.channels)
-                if not measured:
+                if inputs is None:
                     continue
                 drift = None
                 if self._dense is not None:
                     stream = stream if attended is None else stream + attended
                     drift = self._dense.drift(sublayer.projection, position, stream, own(tap.channels))
-                self._add(grams, tap.channels, own, position, drift)
-        return grams
+                self._add(inputs, tap.channels, own, position, drift)
+        if inputs is not None:
+            inputs.add_over()
+        return inputs
+
+    def _no_inputs(self, sublayer: _Sublayer) -> Inputs:
+        shape = self._shell.index.shape
+        return Inputs(
+            axis_length(sublayer.axis, shape),
+            self._counts,
+            0 if self._dense is None else shape.hidden_size,
+            device=self._device,
+            scratch=self._scratch,
+            ranks=self._ranks,
+        )
 
     def _add(
         self,
-        grams: _Grams,
+        inputs: Inputs,
         channels: torch.Tensor,
         own: nn.Module,
         position: int,
@@ -287,29 +283,28 @@ class RefitWalk:
         Where a norm stands between the projection and the residual stream it divides each token's output, and
         with it the error, by the output's size: there every token weighs one over its mean square.
         """
-        for gram, own_weights in (
-            (grams.fit, self._weights.fit[position]),
-            (grams.apart, self._weights.apart[position]),
-        ):
-            weights = self._device.put(own_weights)
-            chosen = weights > 0
-            rows, weight = channels[chosen], weights[chosen]
-            if self._shell.index.family.normalises_outputs and len(rows):
-                weight = weight / own(rows).square().mean(dim=-1).clamp_min(_NORM_EPSILON)
-            gram.add(rows, weight, None if drift is None else drift[chosen])
+        fitted, judged = (
+            self._device.put(weights[position]) for weights in (self._weights.fit, self._weights.apart)
+        )
+        weights = fitted + judged
+        chosen = weights > 0
+        rows, weight = channels[chosen], weights[chosen]
+        if self._shell.index.family.normalises_outputs and len(rows):
+            weight = weight / own(rows).square().mean(dim=-1).clamp_min(_NORM_EPSILON)
+        inputs.add(rows, weight, judged[chosen] > 0, None if drift is None else drift[chosen])
 
 
 def _biased(
     result: BlockRefit,
     name: str,
     stored: torch.Tensor,
-    gram: Gram,
+    inputs: Inputs,
     keep: list[int],
     bias: torch.Tensor | None,
     device: Device,
 ) -> tuple[BlockRefit, torch.Tensor, torch.Tensor]:
     """Leave the kept columns as they are and add the mean of what went to the bias."""
-    added = mean_bias(stored, gram.means(), keep)
+    added = mean_bias(stored, inputs.means(), keep)
     whole = added.float() if bias is None else bias + added.float()
     weights = {name.removesuffix("weight") + "bias": device.fetch(whole.to(stored.dtype))}
     return replace(result, weights={**result.weights, **weights}), stored[:, keep].float(), whole
@@ -328,17 +323,17 @@ def _replaced(block: nn.Module, stand_ins: Mapping[str, nn.Module]) -> Iterator[
             block.set_submodule(path, module)
 
 
-@contextmanager
-def refit_walk(
+def refit_texts(
     index: CheckpointIndex,
     documents: Sequence[TokenizedDocument],
     settings: RefitSettings,
+    work: Work,
     *,
     device: Device = CPU,
     batching: Batching = DEFAULT_BATCHING,
-    workspace: Workspace = DEFAULT_WORKSPACE,
-) -> Iterator[RefitWalk]:
-    """Yield a walk before block 0, which :meth:`RefitWalk.refit_block` takes past each kept block in turn.
+    ranks: Ranks = ALONE,
+) -> RefitTexts:
+    """Batch and weigh the documents of a refit, and name the streams of its ``work``.
 
     Raises:
         PlanError: the family has no use for the target ``residual``.
@@ -351,20 +346,48 @@ def refit_walk(
         # The mean is that of the calibration tokens: all of them, and of no others.
         settings = replace(settings, held_out=0, anchors=0)
     documents = (*documents, *anchor_documents(documents, index, settings.anchors))
-    batches = make_batches(documents, batching.tokens)
-    folder = workspace.folder
-    with (
-        device.exact(),
-        ExitStack() as stack,
-        spilled(batches, index.shape.hidden_size, folder, device=device) as hidden,
-        spilled(batches, index.shape.hidden_size, folder, device=device) as attended,
-        spilled(batches, axis_length("heads", index.shape), folder, device=device) as heads,
-        spilled(batches, axis_length("ffn", index.shape), folder, device=device) as channels,
-    ):
+    batches, width = ranks.share(make_batches(documents, batching.tokens)), index.shape.hidden_size
+    is_drifting = settings.mode == "refit" and settings.target == "residual"
+    return RefitTexts(
+        batches,
+        token_weights(batches, documents, settings),
+        settings,
+        work.stream("hidden", batches, width, device),
+        work.stream("dense", batches, width, device) if is_drifting else None,
+    )
+
+
+@contextmanager
+def refit_walk(
+    index: CheckpointIndex,
+    texts: RefitTexts,
+    *,
+    after: int | None = None,
+    device: Device = CPU,
+    workspace: Workspace = DEFAULT_WORKSPACE,
+) -> Iterator[RefitWalk]:
+    """Yield a walk which :meth:`RefitWalk.refit_block` takes past each kept block in turn.
+
+    The streams of ``texts`` are those behind the block ``after``; when it is not given, they are begun.
+    """
+    batches, shape = texts.batches, index.shape
+
+    def spill(width: int) -> AbstractContextManager[Spill]:
+        return spilled(batches, width, workspace.folder, device=device)
+
+    with device.exact(), ExitStack() as stack:
+        attended, heads, channels = (
+            stack.enter_context(spill(width))
+            for width in (shape.hidden_size, axis_length("heads", shape), axis_length("ffn", shape))
+        )
         shell = DecoderShell(index, device)
-        shell.embed_into(hidden, batches)
-        weights = token_weights(batches, documents, settings)
+        for stream in (texts.hidden, texts.dense):
+            if after is None and stream is not None:
+                shell.embed_into(stream.next, batches)
+                stream.turn()
         dense = None
-        if settings.mode == "refit" and settings.target == "residual":
-            dense = stack.enter_context(dense_stream(shell, batches, folder))
-        yield RefitWalk(shell, batches, weights, settings, (hidden, attended, heads, channels), dense)
+        if texts.dense is not None:
+            added = tuple(stack.enter_context(spill(shape.hidden_size)) for _ in range(2))
+            first = 0 if after is None else after + 1
+            dense = DenseStream(shell, len(batches), texts.dense, (added[0], added[1]), first)
+        yield RefitWalk(shell, texts, (attended, heads, channels), dense, workspace)

@@ -1,9 +1,8 @@
-"""Writing the expert's weights, block by block: read, cut, refit, renamed, written, dropped."""
+"""Writing the expert's weights, block by block: read, cut, refit ones taken, renamed, written, dropped."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +14,8 @@ from cusprun.checkpoint.writer import DEFAULT_SHARD_BYTES, TORCH_NAMES, Checkpoi
 from cusprun.families import TensorSpec, axis_length
 from cusprun.progress import SILENT, Progress
 from cusprun.pruning.biases import bias_flags, with_biases
+from cusprun.pruning.fitted_blocks import BlockOf, fitted_blocks
 from cusprun.pruning.refit import RefitSettings
-from cusprun.pruning.refit_walk import BlockRefit, refit_walk
 from cusprun.pruning.slicing import cut_tensor
 from cusprun.records import LayerPlan, LayerRefit, Plan, TokenizedDocument
 from cusprun.walk.device import CPU, Device
@@ -24,7 +23,6 @@ from cusprun.walk.fallback import DEFAULT_BATCHING, Batching
 from cusprun.walk.workspace import DEFAULT_WORKSPACE, Workspace
 
 DEFAULT_SETTINGS = RefitSettings()
-BlockFitter = Callable[[int, LayerPlan], BlockRefit]
 _TORCH_TYPES = {name: kind for kind, name in TORCH_NAMES.items()}
 
 
@@ -60,31 +58,62 @@ def write_weights(
 
     Raises:
         ModelError: weights cannot be read or are not finite.
+        OutputError: the disk is full.
         PlanError: ``settings`` ask for biases that the family has no place for.
+    """
+    flags = compensating_flags(index, plan, settings)
+    with fitted_blocks(
+        index,
+        plan,
+        documents,
+        settings,
+        device=device,
+        batching=batching,
+        workspace=workspace,
+        progress=progress,
+    ) as fitted:
+        return write_blocks(
+            index, plan, folder, fitted, flags, max_shard_bytes=max_shard_bytes, progress=progress
+        )
+
+
+def write_blocks(
+    index: CheckpointIndex,
+    plan: Plan,
+    folder: Path,
+    fitted: BlockOf,
+    flags: tuple[str, ...] = (),
+    *,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    progress: Progress = SILENT,
+) -> WrittenWeights:
+    """Write the cut weights into ``folder``, those that ``fitted`` has in the place of the source's.
+
+    ``flags`` are the config keys of biases that the expert gets.
+
+    Raises:
+        ModelError: weights cannot be read or are not finite.
     """
     reports: list[LayerRefit] = []
     layers: list[LayerPlan] = []
-    fitted_on = documents if settings.mode != "none" else ()
-    name = f"refit and write{batching.note}" if fitted_on else "write"
-    stored = with_biases(index, compensating_flags(index, plan, settings))
+    stored = with_biases(index, flags)
     with (
         CheckpointWriter(folder, _declare(stored, plan), max_shard_bytes) as writer,
-        progress.stage(name, len(plan.layers), "layer") as advance,
-        _fitter(index, fitted_on, settings, device, batching, workspace) as fit,
+        progress.stage("write", len(plan.layers), "layer") as advance,
     ):
         for spec in index.family.specs(0):
             if spec.name in index.tensors:
                 writer.write(spec.name, read_tensor(index, spec.name))
-        for number, (layer, kept) in enumerate(zip(plan.kept_blocks, plan.layers, strict=True)):
-            fitted = fit(layer, kept)
-            reports.extend(fitted.reports)
-            layers.append(fitted.kept)
+        for number, layer in enumerate(plan.kept_blocks):
+            block = fitted(number)
+            reports.extend(block.reports)
+            layers.append(block.kept)
             for spec, written in _renamed(index, layer, number):
-                if spec.name in fitted.weights:
-                    writer.write(written.name, fitted.weights[spec.name])
+                if spec.name in block.weights:
+                    writer.write(written.name, block.weights[spec.name])
                 elif spec.name in index.tensors:
                     whole = read_tensor(index, spec.name)
-                    writer.write(written.name, cut_tensor(whole, spec, fitted.kept, index.shape))
+                    writer.write(written.name, cut_tensor(whole, spec, block.kept, index.shape))
                 elif spec.name in stored.tensors:
                     kind = _TORCH_TYPES[stored.tensors[spec.name].dtype]
                     writer.write(written.name, torch.zeros(_shape(written, plan), dtype=kind))
@@ -120,21 +149,3 @@ def _renamed(index: CheckpointIndex, layer: int, number: int) -> Iterator[tuple[
 
 def _shape(spec: TensorSpec, plan: Plan) -> tuple[int, ...]:
     return tuple(axis_length(axis, plan.after) for axis in spec.axes)
-
-
-@contextmanager
-def _fitter(
-    index: CheckpointIndex,
-    documents: Sequence[TokenizedDocument],
-    settings: RefitSettings,
-    device: Device,
-    batching: Batching,
-    workspace: Workspace,
-) -> Iterator[BlockFitter]:
-    if documents:
-        with refit_walk(
-            index, documents, settings, device=device, batching=batching, workspace=workspace
-        ) as walk:
-            yield walk.refit_block
-    else:
-        yield lambda _layer, kept: BlockRefit({}, (), kept)

@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from cusprun.checkpoint.files import tokenizer_hash
 from cusprun.checkpoint.index import CheckpointIndex
-from cusprun.checkpoint.output import atomic_folder
-from cusprun.codec import dump_json
-from cusprun.errors import CorpusError, ModelError
+from cusprun.checkpoint.output import refuse_existing
 from cusprun.families import Modules, TensorSpec
 from cusprun.progress import SILENT, Progress
 from cusprun.pruning.impact import block_impacts, channel_norms, channel_sums, head_impacts, masked_channels
 from cusprun.pruning.magnitude import squares_along, unit_squares
-from cusprun.pruning.store_layout import (
-    STORE_FILE,
-    StoredDocument,
-    StoreInfo,
-    empty_arrays,
-    layer_bytes,
-    layer_file,
-)
+from cusprun.pruning.score_walk import Arrays, scored_layers, store_info
 from cusprun.records import Corpora
-from cusprun.version import __version__
-from cusprun.walk.batches import Batch, make_batches
+from cusprun.walk.batches import Batch
 from cusprun.walk.budget import batching_within, scoring
 from cusprun.walk.device import CPU, Device
 from cusprun.walk.fallback import Batching, with_smaller_batches
 from cusprun.walk.shell import DecoderShell
-from cusprun.walk.spill import Spill, spilled
+from cusprun.walk.stream import Stream
 from cusprun.walk.workspace import DEFAULT_WORKSPACE, Workspace
 
 
@@ -66,10 +55,20 @@ def score_model(
         expert_name=expert_name,
         device=device,
     )
+    refuse_existing(out)
 
     def work(batching: Batching) -> None:
-        with atomic_folder(out) as folder:
-            _score_into(folder, index, corpora, info, batching, device, workspace, progress)
+        with scored_layers(
+            index,
+            corpora,
+            info,
+            _score_block,
+            device=device,
+            batching=batching,
+            workspace=workspace,
+            progress=progress,
+        ) as scored:
+            workspace.ranks.from_first(lambda: scored.write(out))
 
     lengths = [len(document.token_ids) for document in corpora.calibration]
     batching = batching_within(workspace.memory_bytes, scoring(index, lengths))
@@ -77,77 +76,14 @@ def score_model(
     return out
 
 
-def _score_into(
-    folder: Path,
-    index: CheckpointIndex,
-    corpora: Corpora,
-    info: StoreInfo,
-    batching: Batching,
-    device: Device,
-    workspace: Workspace,
-    progress: Progress,
-) -> None:
-    """Write the files of a store."""
-    batches = make_batches(corpora.calibration, batching.tokens)
-    num_layers = index.shape.num_hidden_layers
-    with (
-        device.exact(),
-        spilled(batches, index.shape.hidden_size, workspace.folder, device=device) as hidden,
-        progress.stage(f"scoring{batching.note}", num_layers * len(batches), "batch") as advance,
-    ):
-        shell = DecoderShell(index, device)
-        shell.embed_into(hidden, batches)
-        for layer in range(num_layers):
-            arrays = empty_arrays(index.shape, len(corpora.calibration))
-            for _ in _score_block(shell, layer, batches, hidden, arrays):
-                advance(1)
-            require_finite(arrays, index, layer)
-            # Not save_file, whose own error hides that a disk is full.
-            (folder / layer_file(layer)).write_bytes(layer_bytes(info, layer, arrays))
-        dump_json(info, folder / STORE_FILE)
-
-
-def store_info(
-    index: CheckpointIndex,
-    corpora: Corpora,
-    *,
-    model_hash: str,
-    corpus_hash: str,
-    expert_name: str,
-    device: Device,
-) -> StoreInfo:
-    """Describe a store of the calibration documents; raises ``CorpusError`` when there are none."""
-    if not corpora.calibration:
-        raise CorpusError("there are no calibration documents to score; add sources to the expert file")
-    return StoreInfo(
-        model_hash=model_hash,
-        corpus_hash=corpus_hash,
-        expert_name=expert_name,
-        shape=index.shape,
-        documents=tuple(map(StoredDocument.of, corpora.calibration)),
-        cusprun_version=__version__,
-        tokenizer_hash=tokenizer_hash(index.folder),
-        device=device.kind,
-    )
-
-
-def require_finite(arrays: Mapping[str, torch.Tensor], index: CheckpointIndex, layer: int) -> None:
-    """Raise ``ModelError`` when an array of block ``layer`` holds infinite values or no numbers."""
-    if not all(bool(torch.isfinite(values).all()) for values in arrays.values()):
-        raise ModelError(
-            f"{index.folder}: the activations of block {layer} overflow float32 or are no numbers; "
-            "start from a sound checkpoint"
-        )
-
-
 def _score_block(
     shell: DecoderShell,
     layer: int,
     batches: Sequence[Batch],
-    hidden: Spill,
-    arrays: dict[str, torch.Tensor],
-) -> Iterator[None]:
-    """Run one block over all batches, filling ``arrays``, on the host, and moving the hidden states on."""
+    hidden: Stream,
+    arrays: Arrays,
+) -> Iterator[int]:
+    """Score the units of one block; see ``score_walk.ScoreBlock``."""
     modules, shape = shell.index.family.modules, shell.index.shape
     put, fetch = shell.device.put, shell.device.fetch
     block = shell.load_block(layer)
@@ -179,7 +115,7 @@ def _score_block(
             arrays["block"][at] = fetch(blocks)
             arrays["block.sums"] += fetch(increments)
             hidden.write(position, output)
-            yield
+            yield 0
 
 
 def _add_sums(

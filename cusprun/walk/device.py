@@ -106,8 +106,10 @@ def check_device(name: str) -> None:
         raise DeviceError(f"unknown device {name!r}{nearest(name, _NAMES)} (known: auto, cpu, cuda, cuda:N)")
 
 
-def open_device(name: str = DEFAULT_DEVICE) -> Device:
-    """Return a device that works; ``auto`` is the first CUDA device that does, else the CPU.
+def open_device(name: str = DEFAULT_DEVICE, number: int = 0) -> Device:
+    """Return a device that works; ``auto`` is a CUDA device that does, else the CPU.
+
+    ``number`` is that of the CUDA device when ``name`` has none.
 
     Raises:
         DeviceError: the name is unknown, or the device is not there or does not work.
@@ -116,7 +118,7 @@ def open_device(name: str = DEFAULT_DEVICE) -> Device:
     if name == "cpu":
         return CPU
     try:
-        return _open_cuda(name if name.startswith("cuda:") else "cuda:0")
+        return _open_cuda(name if name.startswith("cuda:") else f"cuda:{number}")
     except DeviceError:
         if name != "auto":
             raise

@@ -47,6 +47,8 @@ class DecoderShell:
         Raises:
             ModelError: a token has no row in the embedding.
         """
+        if not batches:  # a rank can have none
+            return
         table = read_tensor(self.index, self.index.family.embedding_name())
         highest = max(int(batch.token_ids.max()) for batch in batches)
         if highest >= table.shape[0]:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from cusprun.cache import cache_folder, cached, file_sha256, key_of, remove_leftovers
+from cusprun.cache import cache_folder, cached, file_sha256, remove_leftovers
+from cusprun.codec import key_of
 from cusprun.errors import ModelError
 from cusprun.hub import wanted
 from cusprun.resolve import locate

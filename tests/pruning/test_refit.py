@@ -7,9 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cusprun.pruning.gram import Gram, add_to_gram, mirror
+from cusprun.pruning.gram import Gram
+from cusprun.pruning.inputs import Inputs, TokenCounts
 from cusprun.pruning.refit import RIDGES, mean_bias, refit
 from cusprun.pruning.surgeon import choose_channels
+from cusprun.pruning.triangle import add_gram
 
 
 def _problem(seed: int, tokens: int, n: int, features: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -17,6 +19,22 @@ def _problem(seed: int, tokens: int, n: int, features: int) -> tuple[torch.Tenso
     mixing = torch.randn(n, n, generator=generator, dtype=torch.float64)
     channels = torch.randn(tokens, n, generator=generator, dtype=torch.float64) @ mixing
     return channels, torch.randn(features, n, generator=generator, dtype=torch.float64)
+
+
+def _gram(channels: torch.Tensor) -> Gram:
+    gram = Gram(channels.shape[1])
+    gram.add(channels)
+    return gram
+
+
+def _unit(channels: torch.Tensor) -> float:
+    return float((channels**2).sum(0).mean())
+
+
+def _chosen(
+    weight: torch.Tensor, channels: torch.Tensor, count: int, ridge: float = 1e-2, **options: int
+) -> list[int]:
+    return choose_channels(weight, _gram(channels).metric(ridge * _unit(channels)), count, **options)
 
 
 @settings(max_examples=40, deadline=None)
@@ -38,7 +56,7 @@ def test_equals_the_augmented_least_squares_solution(
     a = torch.cat([survivors, ridge**0.5 * torch.eye(len(keep), dtype=torch.float64)])
     b = torch.cat([channels @ weight.T, ridge**0.5 * weight[:, keep].T])
     expected = torch.linalg.lstsq(a, b, driver="gelsd").solution.T
-    fitted = refit(weight, channels.T @ channels, keep, ridges=(1e-3,))
+    fitted = refit(weight, _gram(channels), keep, ridges=(1e-3,), unit=_unit(channels))
     torch.testing.assert_close(fitted.weight, expected, rtol=1e-5, atol=1e-6)
 
     output = channels @ weight.T
@@ -55,15 +73,15 @@ def test_equals_the_augmented_least_squares_solution(
 def test_gram_of_batches_is_the_gram_of_all(seed: int, n: int, tokens: int) -> None:
     rows = torch.randn(2 * tokens, n, generator=torch.Generator().manual_seed(seed))
     gram = torch.zeros(n, n)
-    add_to_gram(gram, rows[:tokens])
-    add_to_gram(gram, rows[tokens:])
-    torch.testing.assert_close(mirror(gram), rows.T @ rows, rtol=1e-4, atol=1e-4)
+    add_gram(gram, rows[:tokens])
+    add_gram(gram, rows[tokens:])
+    torch.testing.assert_close(gram.triu(), (rows.T @ rows).triu(), rtol=1e-4, atol=1e-4)
 
 
 def test_a_duplicate_of_a_removed_channel_takes_over_its_weight() -> None:
     channels, weight = _problem(1, 400, 4, 3)
     channels[:, 3] = channels[:, 0]
-    fitted = refit(weight, channels.T @ channels, [0, 1, 2], ridges=(1e-3,))
+    fitted = refit(weight, _gram(channels), [0, 1, 2], ridges=(1e-3,), unit=_unit(channels))
     wanted = weight[:, :3].clone()
     wanted[:, 0] += weight[:, 3]
     torch.testing.assert_close(fitted.weight, wanted, rtol=2e-2, atol=2e-2)
@@ -79,7 +97,7 @@ def test_singular_inputs_give_finite_weights_no_worse_than_before(case: str) -> 
         channels = channels[:, :1] * torch.ones(9, dtype=torch.float64)
     if case == "dead survivor":
         channels[:, 0] = 0
-    fitted = refit(weight, channels.T @ channels, [0, 1, 2, 3])
+    fitted = refit(weight, _gram(channels), [0, 1, 2, 3], unit=_unit(channels))
     assert torch.isfinite(fitted.weight).all()
     assert fitted.relative_error_after <= fitted.relative_error_before
     if case == "dead survivor":
@@ -88,7 +106,8 @@ def test_singular_inputs_give_finite_weights_no_worse_than_before(case: str) -> 
 
 def test_keeps_the_type_of_the_weight() -> None:
     channels, weight = _problem(3, 30, 6, 4)
-    assert refit(weight.bfloat16(), channels.T @ channels, [0, 2, 4]).weight.dtype == torch.bfloat16
+    fitted = refit(weight.bfloat16(), _gram(channels), [0, 2, 4], unit=_unit(channels))
+    assert fitted.weight.dtype == torch.bfloat16
 
 
 def _least_squares(
@@ -117,7 +136,7 @@ def test_the_ridge_is_the_one_that_is_best_on_the_documents_kept_apart(
         for ridge in RIDGES
     }
     before = float(((output - apart[:, keep] @ weight[:, keep].T) ** 2).sum())
-    fitted = refit(weight, fit.T @ fit, keep, apart=apart.T @ apart)
+    fitted = refit(weight, _gram(fit), keep, apart=_gram(apart), unit=_unit(fit))
     best = min(errors, key=errors.__getitem__)
     total = float((output**2).sum())
     assert fitted.relative_error_before == pytest.approx(before / total, rel=1e-6)
@@ -139,7 +158,7 @@ def test_columns_stay_when_no_refit_helps_on_the_documents_kept_apart() -> None:
     apart = torch.zeros(6, 12, dtype=torch.float64)
     apart[:, :6] = torch.randn(6, 6, generator=generator, dtype=torch.float64)
     weight = torch.randn(4, 12, generator=generator, dtype=torch.float64)
-    fitted = refit(weight, fit.T @ fit, list(range(6)), apart=apart.T @ apart)
+    fitted = refit(weight, _gram(fit), list(range(6)), apart=_gram(apart), unit=_unit(fit))
     assert fitted.ridge is None
     assert fitted.relative_error_after == fitted.relative_error_before
     torch.testing.assert_close(fitted.weight, weight[:, :6])
@@ -149,8 +168,7 @@ def test_columns_stay_when_no_refit_helps_on_the_documents_kept_apart() -> None:
 @given(seed=st.integers(0, 1000), count=st.integers(1, 6))
 def test_the_surgeon_removes_what_costs_least_when_all_others_are_solved_again(seed: int, count: int) -> None:
     channels, weight = _problem(seed, 30, 7, 3)
-    gram = channels.T @ channels
-    ridge = 1e-3
+    gram, ridge = channels.T @ channels, 1e-3
     metric = gram + ridge * float(gram.diagonal().mean()) * torch.eye(7, dtype=torch.float64)
 
     def cost(kept: list[int]) -> float:
@@ -163,14 +181,14 @@ def test_the_surgeon_removes_what_costs_least_when_all_others_are_solved_again(s
     kept = list(range(7))
     while len(kept) > count:
         kept.remove(min(kept, key=lambda channel: cost([k for k in kept if k != channel])))
-    assert choose_channels(weight, gram, count, ridge=ridge, rounds=7 - count) == kept
+    assert _chosen(weight, channels, count, ridge, rounds=7 - count) == kept
 
 
 def test_the_surgeon_drops_doubles_before_small_channels() -> None:
     channels, weight = _problem(5, 200, 6, 3)
     channels[:, 5] = channels[:, 0]
     channels[:, 3] *= 0.3
-    kept = choose_channels(weight, channels.T @ channels, 5)
+    kept = _chosen(weight, channels, 5)
     assert {0, 5} & set(kept) != {0, 5}
     assert 3 in kept
 
@@ -180,28 +198,32 @@ def test_the_gram_of_usual_tokens_survives_tokens_a_thousand_times_their_size(al
     generator = torch.Generator().manual_seed(6)
     usual = torch.randn(400, 24, generator=generator)
     sink = 3000 * torch.randn(1, 24, generator=generator).expand(40, 24)
-    gram = Gram(24)
+    inputs = Inputs(24, TokenCounts((440,), (0,)))
     for rows in (usual, sink) if alone else (torch.cat([sink, usual]),):
-        gram.add(rows, torch.ones(len(rows)))
+        inputs.add(rows, torch.ones(len(rows)), torch.zeros(len(rows), dtype=torch.bool))
+    gram = inputs._fit
+    assert isinstance(gram, Gram)
     exact = usual.double().T @ usual.double()
-    rest = gram.total() - sink.double().T @ sink.double()
-    torch.testing.assert_close(rest, exact, rtol=1e-4, atol=1e-2)
-    torch.linalg.cholesky(gram.total() + 1e-3 * torch.eye(24, dtype=torch.float64))
+    rest = gram.matrix - sink.double().T @ sink.double()
+    torch.testing.assert_close(rest.triu(), exact.triu(), rtol=1e-4, atol=1e-2)
+    assert inputs.unit() == pytest.approx(_unit(usual.double()), rel=1e-5)
+    whole = gram.matrix.triu() + gram.matrix.triu(1).T
+    torch.linalg.cholesky(whole + 1e-3 * torch.eye(24, dtype=torch.float64))
 
 
 def test_weighted_rows_count_as_often_as_they_weigh() -> None:
     rows = torch.randn(9, 5, generator=torch.Generator().manual_seed(7))
     weights = torch.tensor([1.0, 2.0, 0.5] * 3)
-    gram = Gram(5)
-    gram.add(rows, weights)
+    inputs = Inputs(5, TokenCounts((9,), (0,)))
+    inputs.add(rows, weights, torch.zeros(9, dtype=torch.bool))
+    gram = inputs._fit
+    assert isinstance(gram, Gram)
+    wanted = (rows.T @ torch.diag(weights) @ rows).double()
+    torch.testing.assert_close(gram.matrix.triu(), wanted.triu(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(
-        gram.total(), (rows.T @ torch.diag(weights) @ rows).double(), rtol=1e-5, atol=1e-5
+        inputs.means(), ((weights @ rows) / weights.sum()).double(), rtol=1e-5, atol=1e-6
     )
-    torch.testing.assert_close(
-        gram.means(), ((weights @ rows) / weights.sum()).double(), rtol=1e-5, atol=1e-6
-    )
-    assert Gram(5).is_empty
-    assert not gram.is_empty
+    assert not inputs.is_judged
 
 
 def test_the_bias_makes_the_mean_output_whole() -> None:

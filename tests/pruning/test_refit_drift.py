@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cusprun.pruning.gram import Drift, Gram
+from cusprun.pruning.gram import Gram
+from cusprun.pruning.inputs import Inputs, TokenCounts
 from cusprun.pruning.refit import RIDGES, refit
 from cusprun.pruning.surgeon import choose_channels
 
@@ -25,9 +26,10 @@ def problem(seed: int, tokens: int, n: int, features: int) -> Problem:
     return channels, weight, channels @ weight.T + 3 * normal(tokens, features)
 
 
-def drift_of(channels: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> Drift:
-    difference = target - channels @ weight.T
-    return Drift(difference.T @ channels, float((difference**2).sum()))
+def gram_of(channels: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> Gram:
+    gram = Gram(channels.shape[1], len(weight))
+    gram.add(channels, target - channels @ weight.T)
+    return gram
 
 
 def least_squares(
@@ -63,8 +65,8 @@ def test_any_target_is_solved_for_as_by_augmented_least_squares(
     channels, weight, target = problem(seed, tokens, n, features)
     keep = sorted(data.draw(st.sets(st.integers(0, n - 1), min_size=1, max_size=n)))
     expected = least_squares(channels, weight, target, keep, ridge * mean_square(channels))
-    drift = drift_of(channels, weight, target)
-    fitted = refit(weight, channels.T @ channels, keep, drift=drift, ridges=(ridge,))
+    gram = gram_of(channels, weight, target)
+    fitted = refit(weight, gram, keep, ridges=(ridge,), unit=mean_square(channels))
     torch.testing.assert_close(fitted.weight, expected, rtol=1e-5, atol=1e-6)
     total = float((target**2).sum())
     before = missing(channels, weight[:, keep], target, keep) / total
@@ -83,11 +85,10 @@ def test_the_best_ridge_on_documents_set_apart_is_taken_and_never_one_that_is_wo
     keep, unit = list(range(kept)), mean_square(channels[fit])
     fitted = refit(
         weight,
-        channels[fit].T @ channels[fit],
+        gram_of(channels[fit], weight, target[fit]),
         keep,
-        apart=channels[apart].T @ channels[apart],
-        drift=drift_of(channels[fit], weight, target[fit]),
-        apart_drift=drift_of(channels[apart], weight, target[apart]),
+        apart=gram_of(channels[apart], weight, target[apart]),
+        unit=unit,
     )
     tried = {
         ridge: missing(
@@ -114,8 +115,12 @@ def test_the_best_ridge_on_documents_set_apart_is_taken_and_never_one_that_is_wo
 @settings(max_examples=15, deadline=None)
 def test_a_drift_of_zero_gives_the_columns_of_the_output_itself(seed: int) -> None:
     channels, weight, _ = problem(seed, 30, 9, 4)
-    gram, zero = channels.T @ channels, Drift(torch.zeros(4, 9), 0.0)
-    plain, drifted = (refit(weight, gram, [0, 2, 3, 7], drift=drift) for drift in (None, zero))
+    without, zero = Gram(9), Gram(9, 4)
+    without.add(channels)
+    zero.add(channels, torch.zeros(30, 4))
+    plain, drifted = (
+        refit(weight, gram, [0, 2, 3, 7], unit=mean_square(channels)) for gram in (without, zero)
+    )
     assert torch.equal(plain.weight, drifted.weight)
     assert plain.relative_error_after == drifted.relative_error_after
 
@@ -124,8 +129,7 @@ def test_a_drift_of_zero_gives_the_columns_of_the_output_itself(seed: int) -> No
 @given(seed=st.integers(0, 1000), count=st.integers(1, 6))
 def test_the_surgeon_removes_what_costs_least_of_a_target_of_its_own(seed: int, count: int) -> None:
     channels, weight, target = problem(seed, 30, 7, 3)
-    share = 1e-3
-    ridge = share * mean_square(channels)
+    ridge = 1e-3 * mean_square(channels)
 
     def cost(kept: list[int]) -> float:
         columns = least_squares(channels, weight, target, kept, ridge)
@@ -136,15 +140,8 @@ def test_the_surgeon_removes_what_costs_least_of_a_target_of_its_own(seed: int, 
     kept = list(range(7))
     while len(kept) > count:
         kept.remove(min(kept, key=lambda channel: cost([k for k in kept if k != channel])))
-    found = choose_channels(
-        weight,
-        channels.T @ channels,
-        count,
-        cross=drift_of(channels, weight, target).cross,
-        ridge=share,
-        rounds=7 - count,
-    )
-    assert found == kept
+    metric = gram_of(channels, weight, target).metric(ridge)
+    assert choose_channels(weight, metric, count, rounds=7 - count) == kept
 
 
 def test_what_batches_of_drift_add_up_to_with_their_weights_and_their_outliers() -> None:
@@ -153,28 +150,27 @@ def test_what_batches_of_drift_add_up_to_with_their_weights_and_their_outliers()
     weights = torch.rand(60, generator=generator) + 0.1
     rows[3] *= 1000  # an outlier by its channels,
     drift[11] *= 1000  # and one by its drift alone
-    gram = Gram(7, features=4)
+    inputs = Inputs(7, TokenCounts((60,), (0,)), 4)
     for part in (slice(0, 40), slice(40, 60)):
-        gram.add(rows[part], weights[part], drift[part])
-    usual = torch.ones(60, dtype=torch.bool)
+        inputs.add(rows[part], weights[part], torch.zeros(60, dtype=torch.bool)[part], drift[part])
+    gram, usual = inputs._fit, torch.ones(60, dtype=torch.bool)
+    assert isinstance(gram, Gram)
+    assert gram.cross is not None
+    a, d, w = rows.double(), drift.double(), weights.double()
+    torch.testing.assert_close(gram.cross, d.T @ (w.unsqueeze(1) * a), rtol=1e-5, atol=1e-4)
+    wanted = a.T @ (w.unsqueeze(1) * a)
+    torch.testing.assert_close(gram.matrix.triu(), wanted.triu(), rtol=1e-5, atol=1e-4)
+    assert gram.drift_energy == pytest.approx(float((w * (d**2).sum(1)).sum()), rel=1e-5)
     usual[[3, 11]] = False
-    for chosen, found, matrix in (
-        (slice(None), gram.total_drift(), gram.total()),
-        (usual, gram.usual_drift(), gram.usual()),
-    ):
-        a, d, w = rows[chosen].double(), drift[chosen].double(), weights[chosen].double()
-        assert found is not None
-        torch.testing.assert_close(found.cross.double(), d.T @ (w.unsqueeze(1) * a), rtol=1e-5, atol=1e-4)
-        torch.testing.assert_close(matrix, a.T @ (w.unsqueeze(1) * a), rtol=1e-5, atol=1e-4)
-        assert found.energy == pytest.approx(float((w * (d**2).sum(1)).sum()), rel=1e-5)
+    assert inputs.unit() == pytest.approx(float((w.unsqueeze(1) * a**2)[usual].sum()) / 7, rel=1e-5)
 
 
 def test_rows_without_a_drift_are_no_outliers_because_most_have_none() -> None:
     rows, drift = torch.randn(9, 3, generator=torch.Generator().manual_seed(1)), torch.zeros(9, 2)
     drift[4] = 1.0
-    gram = Gram(3, features=2)
-    gram.add(rows, torch.ones(9), drift)
-    plain = Gram(3)
-    plain.add(rows, torch.ones(9))
-    assert torch.equal(gram.usual(), plain.usual())
-    assert plain.total_drift() is None
+    units = []
+    for features in (0, 2):
+        inputs = Inputs(3, TokenCounts((9,), (0,)), features)
+        inputs.add(rows, torch.ones(9), torch.zeros(9, dtype=torch.bool), drift if features else None)
+        units.append(inputs.unit())
+    assert units[0] == units[1] == pytest.approx(float((rows**2).sum()) / 3, rel=1e-6)

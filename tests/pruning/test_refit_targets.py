@@ -20,7 +20,7 @@ from cusprun.checkpoint.index import CheckpointIndex, open_checkpoint
 from cusprun.codec import Indices, load_json
 from cusprun.errors import CorpusError, PlanError, UserError
 from cusprun.pipeline.wishes import PruneWishes
-from cusprun.pruning import refit_walk
+from cusprun.pruning import inputs, refit_walk
 from cusprun.pruning.folder import Provenance, write_expert
 from cusprun.pruning.plan_check import checked_plan
 from cusprun.pruning.planner import make_plan
@@ -30,6 +30,8 @@ from cusprun.pruning.score import score_model
 from cusprun.pruning.store import open_store
 from cusprun.records import Corpora, Expert, LayerPlan, Manifest, Plan, TokenizedDocument
 from cusprun.walk.device import CPU, Device
+from cusprun.walk.work_folder import working
+from cusprun.walk.workspace import DEFAULT_WORKSPACE
 
 CORPORA = Corpora(documents(8, 0, "domain") + documents(4, 1, "task"), documents(2, 2))
 PLAIN = RefitSettings(held_out=0, anchors=0, target="residual")
@@ -175,7 +177,7 @@ def test_what_is_linear_in_the_survivors_is_recovered_whatever_the_target(
     kept = layer_of((0, 2, 4), [channel for channel in range(80) if channel % 4 < 2])
     plan = by_hand(plan, index, [kept] * 3)
     assert plan.after.intermediate_size == 40
-    monkeypatch.setattr(refit_walk, "DEFAULT_RIDGE", 1e-7)  # a ridge that pulls would be seen
+    monkeypatch.setattr(inputs, "DEFAULT_RIDGE", 1e-7)  # a ridge that pulls would be seen
     settings = replace(PLAIN, target=target)
     expert = stock(written(index, plan, tmp_path / "expert", settings))
     none = stock(written(index, plan, tmp_path / "none", RefitSettings(mode="none")))
@@ -194,9 +196,11 @@ def columns(
     index: CheckpointIndex, layers: Sequence[LayerPlan], settings: RefitSettings
 ) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
-    with refit_walk.refit_walk(index, CORPORA.calibration, settings) as walk:
-        for number, layer in enumerate(layers):
-            found |= walk.refit_block(number, layer).weights
+    with working(DEFAULT_WORKSPACE, "refit", "") as work:
+        texts = refit_walk.refit_texts(index, CORPORA.calibration, settings, work)
+        with refit_walk.refit_walk(index, texts) as walk:
+            for number, layer in enumerate(layers):
+                found |= walk.refit_block(number, layer).weights
     return found
 
 
@@ -320,7 +324,7 @@ def test_the_dense_stream_and_its_drift_are_on_the_device(
     for name, device in places:
         (tmp_path / name).mkdir()
         if short and device is ELSEWHERE:
-            short_of_memory(monkeypatch, refit_walk, short, times=1)
+            short_of_memory(monkeypatch, inputs, short, times=1)
         with elsewhere() as away:
             made[name] = write_weights(
                 index, plan, tmp_path / name, CORPORA.calibration, settings=settings, device=device

@@ -17,7 +17,7 @@ from tiny import save_model
 from cusprun.checkpoint.index import CheckpointIndex, model_hash, open_checkpoint
 from cusprun.errors import ConfigError, DeviceError
 from cusprun.pipeline.stages import OpenModel, scored
-from cusprun.pruning import refit_walk
+from cusprun.pruning import inputs
 from cusprun.pruning.folder import Provenance, write_expert
 from cusprun.pruning.neuron_score import score_neurons
 from cusprun.pruning.refit import RefitSettings
@@ -204,7 +204,7 @@ def test_what_the_device_cannot_solve_the_host_does(
         (tmp_path / name).mkdir()
     settings = RefitSettings(revise=True)
     write_weights(llama, plan, tmp_path / "wanted", CORPORA.calibration, settings=settings)
-    short_of_memory(monkeypatch, refit_walk, function, times=1)
+    short_of_memory(monkeypatch, inputs, function, times=1)
     with elsewhere(), caplog.at_level(logging.INFO, "cusprun"):
         write_weights(
             llama, plan, tmp_path / "found", CORPORA.calibration, settings=settings, device=ELSEWHERE

@@ -1,0 +1,167 @@
+"""Symmetric matrices by their upper half, in blocks and in place, for those that fill memory on their own.
+
+The blocks below the diagonal are left to work in: a factor, or its inverse, stands there beside the matrix
+that it belongs to, so that several ridges, or a try that fails, cost no copy. The block algorithms are the
+left-looking Cholesky factorisation and the inversion of a triangle from its last column on (Golub and Van
+Loan, Matrix Computations, 4.2.9 and 3.1.8).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+_BLOCK = 256
+_RIDGE_STEPS = 12
+
+
+def spans(size: int, block: int = _BLOCK) -> list[tuple[int, int]]:
+    """Return the first position and the one behind the last of each block of ``size`` entries."""
+    return [(start, min(start + block, size)) for start in range(0, size, block)]
+
+
+def add_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
+    """Add ``rows^T rows`` to the upper half of ``total`` in place.
+
+    ``rows`` is [tokens, n], in the type of the products; ``total`` [n, n], in that of their sum.
+    """
+    for start, stop in spans(total.shape[0]):
+        add_product(total[start:stop, start:], rows[:, start:stop], rows[:, start:])
+
+
+def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add ``left^T right`` to ``total`` in place, with products in their own type; [k, m] and [k, n]."""
+    if left.dtype == total.dtype:
+        total.addmm_(left.T, right)
+    else:
+        total.add_(left.T @ right)
+
+
+def columns_of(matrix: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Return the columns ``index`` [k] of the symmetric matrix of which the upper half is given: [n, k]."""
+    rows = torch.arange(matrix.shape[0], device=matrix.device).unsqueeze(1)
+    return torch.where(rows <= index, matrix[:, index], matrix[index].T)
+
+
+def quadratic(matrix: torch.Tensor, rows: torch.Tensor) -> float:
+    """Return the sum over ``rows`` [k, n] of x A x^T, A by its upper half."""
+    total = 0.0
+    for start, stop in spans(matrix.shape[0]):
+        product = rows[:, start:stop] @ _diagonal_block(matrix, start, stop)
+        product.addmm_(rows[:, :start], matrix[:start, start:stop], alpha=2)
+        total += float((product * rows[:, start:stop]).sum())
+    return total
+
+
+def _diagonal_block(matrix: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    upper = matrix[start:stop, start:stop].triu()
+    return upper + upper.triu(1).T
+
+
+@dataclass(frozen=True)
+class Factor:
+    """L, lower triangular, with A + ridge * I = L L^T; ``ridge`` is the one that was needed.
+
+    Its blocks below the diagonal stand in ``matrix``, those on the diagonal in ``diagonal``.
+    """
+
+    matrix: torch.Tensor
+    diagonal: list[torch.Tensor]
+    ridge: float
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """Make ``rows`` L^-T of ``rows`` [k, n] in place, and return it."""
+        for (start, stop), root in zip(spans(len(self.matrix)), self.diagonal, strict=True):
+            part = rows[:, start:stop]
+            part.addmm_(rows[:, :start], self.matrix[start:stop, :start].T, alpha=-1)
+            rows[:, start:stop] = torch.linalg.solve_triangular(root.T, part, upper=True, left=False)
+        return rows
+
+    def solve(self, rows: torch.Tensor) -> torch.Tensor:
+        """Make ``rows`` (A + ridge * I)^-1 of ``rows`` [k, n] in place, and return it."""
+        self.forward(rows)
+        for (start, stop), root in reversed(list(zip(spans(len(self.matrix)), self.diagonal, strict=True))):
+            part = rows[:, start:stop]
+            part.addmm_(rows[:, stop:], self.matrix[stop:, start:stop], alpha=-1)
+            rows[:, start:stop] = torch.linalg.solve_triangular(root, part, upper=False, left=False)
+        return rows
+
+    def inverted(self) -> Inverse:
+        """Put L^-1 in the place of L, which is no more, and return what it is good for."""
+        edges, matrix = spans(len(self.matrix)), self.matrix
+        own = [
+            torch.linalg.solve_triangular(
+                root, torch.eye(len(root), dtype=root.dtype, device=root.device), upper=False
+            )
+            for root in self.diagonal
+        ]
+        for column in reversed(range(len(edges))):
+            start, stop = edges[column]
+            for row in reversed(range(column + 1, len(edges))):
+                top, bottom = edges[row]
+                block = own[row] @ matrix[top:bottom, start:stop]
+                block.addmm_(matrix[top:bottom, stop:top], matrix[stop:top, start:stop])
+                matrix[top:bottom, start:stop] = -(block @ own[column])
+        return Inverse(matrix, own)
+
+
+@dataclass(frozen=True)
+class Inverse:
+    """(A + ridge * I)^-1 = M^T M by M = L^-1, which stands where L stood."""
+
+    matrix: torch.Tensor
+    diagonal_blocks: list[torch.Tensor]
+
+    def diagonal(self) -> torch.Tensor:
+        """Return the entries on the diagonal: [n]."""
+        return torch.cat(
+            [
+                own.square().sum(dim=0) + torch.linalg.vector_norm(self.matrix[stop:, start:stop], dim=0) ** 2
+                for (start, stop), own in zip(spans(len(self.matrix)), self.diagonal_blocks, strict=True)
+            ]
+        )
+
+    def columns(self, index: torch.Tensor) -> torch.Tensor:
+        """Return some columns: [n, k] for ``index`` [k]."""
+        edges = spans(len(self.matrix))
+        roots = self.matrix.new_zeros(len(self.matrix), len(index))
+        for (start, stop), own in zip(edges, self.diagonal_blocks, strict=True):
+            left = self.matrix[start:stop][:, index]
+            within = own[:, (index - start).clamp(0, stop - start - 1)]
+            roots[start:stop] = torch.where(index < start, left, torch.where(index < stop, within, 0.0))
+        found = torch.empty_like(roots)
+        for (start, stop), own in zip(edges, self.diagonal_blocks, strict=True):
+            part = own.T @ roots[start:stop]
+            found[start:stop] = part.addmm_(self.matrix[stop:, start:stop].T, roots[stop:])
+        return found
+
+
+def factored(matrix: torch.Tensor, ridge: float) -> Factor:
+    """Factorise ``matrix + ridge * I``, growing the ridge until that can be done.
+
+    ``matrix`` [n, n] is given by its upper half, with the diagonal, and keeps it; below, it is written on.
+    """
+    ridge = ridge or 1.0
+    for step in range(_RIDGE_STEPS):
+        diagonal = _factorise(matrix, ridge * 10**step)
+        if diagonal is not None:
+            return Factor(matrix, diagonal, ridge * 10**step)
+    raise AssertionError("a positive semi-definite matrix plus a ridge has a Cholesky factor")
+
+
+def _factorise(matrix: torch.Tensor, ridge: float) -> list[torch.Tensor] | None:
+    """Leave the factor's blocks below the diagonal; return those on it, None where there is no factor."""
+    diagonal: list[torch.Tensor] = []
+    for start, stop in spans(len(matrix)):
+        left = matrix[start:stop, :start]
+        block = _diagonal_block(matrix, start, stop)
+        block.diagonal().add_(ridge)
+        block.addmm_(left, left.T, alpha=-1)
+        root, info = torch.linalg.cholesky_ex(block)
+        if int(info) or not bool(torch.isfinite(root).all()):
+            return None
+        diagonal.append(root)
+        below = matrix[start:stop, stop:].T - matrix[stop:, :start] @ left.T
+        matrix[stop:, start:stop] = torch.linalg.solve_triangular(root.T, below, upper=True, left=False)
+    return diagonal

@@ -1,0 +1,172 @@
+"""A run that a launcher such as torchrun has given to several processes: how they meet, and how they end."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from cusprun.errors import CusprunError, RankError, UserError
+from cusprun.version import __version__
+from cusprun.walk.launch import Launch, launch_of
+from cusprun.walk.ranks import ALONE, Ranks
+from cusprun.walk.watch import Failure, Watch
+
+if TYPE_CHECKING:
+    from cusprun.walk.group import GroupRanks
+
+START_S = 300.0
+"""How long the processes wait for one another at the start: they load torch from one disk, and no model."""
+
+STORE_S = 60.0
+"""How long the store may take to answer once all have met."""
+
+_PAUSE_S = 0.02
+
+OnFailure = Callable[[Failure], None]
+
+
+class SharedRun:
+    """This process' part in a run; where no launcher started several, it is alone and this does nothing.
+
+    As a context manager it makes a failure of its block known to the other processes and waits at a good end
+    until all have come to theirs. A process opens one at a time.
+    """
+
+    def __init__(self, environment: Mapping[str, str], on_failure: OnFailure | None = None) -> None:
+        """Read what the launcher says; raises ``UserError`` when that contradicts itself.
+
+        ``on_failure`` is called in a thread of its own when the run fails elsewhere.
+        """
+        self.launch = launch_of(environment)
+        self._on_failure = on_failure
+        self._ranks: GroupRanks | None = None
+
+    def ranks(self) -> Ranks:
+        """Return the ranks, once all have come with the same version of the package.
+
+        Raises:
+            RankError: a process did not come, or its launcher cannot be reached.
+            UserError: a process runs another version, or torch cannot join processes.
+        """
+        if self.launch is None:
+            return ALONE
+        if self._ranks is None:
+            self._ranks = _joined(self.launch, self._on_failure)
+        return self._ranks
+
+    def failed(self, exit_code: int, text: str, *, told_to_end: bool = False) -> Failure:
+        """Make a failure of this process known; return it, or another's where that is why this one ends.
+
+        ``told_to_end`` says that a signal did, as a launcher sends when another process has failed.
+        """
+        rank = 0 if self.launch is None else self.launch.rank
+        own = Failure(rank, exit_code, text)
+        if self._ranks is None:
+            return own
+        watch, known = self._ranks.watch, Failure(rank, exit_code, f"rank {rank} failed: {text}")
+        cause = watch.explain() if told_to_end else None
+        watch.close()
+        first = cause or watch.post(known)
+        echoed = first.text == text  # this one only passes on what it was told
+        return first if echoed or (told_to_end and first != known) else own
+
+    def finish(self) -> None:
+        """Wait until every rank has come to its good end; raises ``RankError`` when one does not."""
+        if self._ranks is not None:
+            self._ranks.watch.expect_the_end()
+            self._ranks.meet()
+
+    def close(self) -> None:
+        """Leave the group."""
+        if self._ranks is not None:
+            self._ranks.watch.close()
+            self._ranks.gpus.close()
+            self._ranks = None
+
+    def __enter__(self) -> SharedRun:
+        """Return the run."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Tell the others of a failure, or wait for their good end; leave the group."""
+        try:
+            if error is None:
+                self.finish()
+            elif not isinstance(error, RankError):
+                code = error.exit_code if isinstance(error, CusprunError) else 1
+                self.failed(code, str(error) or type(error).__name__)
+        finally:
+            self.close()
+
+
+def _joined(launch: Launch, on_failure: OnFailure | None) -> GroupRanks:
+    """Meet the other processes and join the group."""
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_gloo_available():
+        raise UserError(
+            "this build of torch cannot join processes (it has no gloo); install another build, or start one "
+            "process"
+        )
+    from cusprun.walk.group import Gpus, GroupRanks, joined_by_gloo
+
+    store = _store(launch)
+    watch = Watch(store, launch.rank, launch.size, on_failure=on_failure)
+    watch.begin()
+    _meet(store, launch)
+    store.set_timeout(timedelta(seconds=STORE_S))
+    gloo = joined_by_gloo(store, launch, timedelta(seconds=START_S))
+    watch.start()
+    return GroupRanks(launch.rank, launch.size, launch.local_rank, gloo, watch, Gpus(store))
+
+
+def _store(launch: Launch) -> Any:
+    """Return the launcher's store of keys and values, with a part of it for this run alone."""
+    import torch.distributed
+
+    dist: Any = torch.distributed  # its type hints leave out what it is made of
+    try:
+        store = dist.TCPStore(
+            launch.address,
+            launch.port,
+            launch.size,
+            is_master=launch.is_first and not launch.store_is_kept,
+            timeout=timedelta(seconds=START_S),
+            wait_for_workers=False,
+        )
+        prefix = f"cusprun/{launch.attempt}"
+        runs = store.add(f"{prefix}/runs/{launch.rank}", 1)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise RankError(
+            f"rank {launch.rank} cannot reach the launcher's store at {launch.address}:{launch.port} "
+            f"({reason:.200}); check MASTER_ADDR, MASTER_PORT and the network"
+        ) from None
+    return dist.PrefixStore(f"{prefix}/{runs}", store)
+
+
+def _meet(store: Any, launch: Launch) -> None:
+    """Wait until every process is here; raises ``UserError`` when their versions differ."""
+    import torch
+
+    from cusprun.walk.group import require_equal
+
+    about = {"version of cusprun": __version__, "version of torch": torch.__version__.partition("+")[0]}
+    keys = [f"here/{rank}" for rank in range(launch.size)]
+    store.set(keys[launch.rank], json.dumps(about))
+    deadline = time.monotonic() + START_S
+    while not store.check(keys):
+        if time.monotonic() > deadline:
+            missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+            raise RankError(
+                f"of {launch.size} processes rank {', '.join(map(str, missing))} did not come within "
+                f"{START_S:.0f} s; start every one with the same command"
+            )
+        time.sleep(_PAUSE_S)
+    require_equal([json.loads(text) for text in store.multi_get(keys)])
