@@ -23,6 +23,7 @@ from cusprun.cli.options import (
     Targets,
     Units,
     Weights,
+    WorkDir,
     parse_count,
     parse_share,
     parse_size,
@@ -63,6 +64,7 @@ def score(
     ] = "unit",
     device: DeviceName = DEFAULT_DEVICE,
     memory: Memory = None,
+    workdir: WorkDir = None,
 ) -> None:
     """Score every unit of a model, or every single neuron, on an expert's documents."""
     from cusprun.pipeline.stages import score as run
@@ -74,6 +76,7 @@ def score(
         granularity=granularity,
         device=device,
         memory=memory,
+        workdir=workdir,
         ranks=ranks_of(context),
         progress=shown_progress(),
     )
@@ -153,6 +156,7 @@ def prune(
     ] = None,
     device: DeviceName = DEFAULT_DEVICE,
     memory: Memory = None,
+    workdir: WorkDir = None,
 ) -> None:
     """Write the smaller model that an expert needs; scores and plans itself unless given both."""
     from cusprun.cli.tables import manifest_tables, neuron_tables
@@ -179,6 +183,7 @@ def prune(
         shard_bytes=parse_size(shard_size),
         device=device,
         memory=memory,
+        workdir=workdir,
         ranks=ranks_of(context),
         progress=shown_progress(),
     )
@@ -204,6 +209,7 @@ def evaluate(
     ] = None,
     device: DeviceName = DEFAULT_DEVICE,
     memory: Memory = None,
+    workdir: WorkDir = None,
     json: JsonFile = None,
 ) -> None:
     """Measure perplexity on an expert's held-out documents and on general text, agreement, and tasks."""
@@ -212,7 +218,14 @@ def evaluate(
 
     refuse_existing_json(json)
     report = run(
-        models, expert, tasks, batch_size=batch_size, device=device, memory=memory, progress=shown_progress()
+        models,
+        expert,
+        tasks,
+        batch_size=batch_size,
+        device=device,
+        memory=memory,
+        workdir=workdir,
+        progress=shown_progress(),
     )
     write_json(report, json)
     console = stdout()

@@ -13,7 +13,6 @@ from cusprun.cache import fresh_output
 from cusprun.errors import CorpusError, PlanError, require_known
 from cusprun.pipeline.shared import refuse_shared_neurons, require_same_wishes, written_together
 from cusprun.pipeline.wishes import DEFAULT_RATIO, PlanWishes, PruneWishes, stores_of, texts_of
-from cusprun.pipeline.workdir import with_folder
 from cusprun.pipeline.workspaces import require_pruning_memory, require_units, workspace_of
 from cusprun.progress import SILENT, Progress
 from cusprun.records import GRANULARITIES, Corpora, Expert, Manifest, NeuronManifest, Plan
@@ -50,10 +49,7 @@ def open_model(
     device: Device = CPU,
     workspace: Workspace = DEFAULT_WORKSPACE,
 ) -> OpenModel:
-    """Resolve a model, check its headers and hash its weights.
-
-    The ``workspace`` gets the cache for its folder when it has none.
-    """
+    """Resolve a model, check its headers and hash its weights."""
     from cusprun.checkpoint.index import model_hash, open_checkpoint
     from cusprun.walk.shell import load_config
 
@@ -63,7 +59,7 @@ def open_model(
     with progress.stage("hashing the model", 1) as advance:
         digest = model_hash(index)
         advance(1)
-    return OpenModel(index, digest, located.source, device, with_folder(workspace))
+    return OpenModel(index, digest, located.source, device, workspace)
 
 
 def as_expert(expert: StrPath | Expert) -> Expert:
@@ -82,6 +78,7 @@ def score(
     device: str = DEFAULT_DEVICE,
     ranks: Ranks = ALONE,
     memory: int | str | None = None,
+    workdir: StrPath | None = None,
     progress: Progress = SILENT,
 ) -> Path:
     """Score every FFN channel, query head, KV group and block on an expert's documents into a store ``out``.
@@ -90,8 +87,9 @@ def score(
     store of the same model and documents in the cache is copied, and nothing is computed again. ``device`` is
     ``cpu``, ``cuda``, ``cuda:N`` or ``auto``, which is CUDA where it works. ``memory``, bytes or a text like
     ``4GB``, is what the work may take beside files that the system holds in memory as long as it has room;
-    batches are made to fit it. ``ranks`` are processes that share the documents
-    (:class:`cusprun.walk.shared_run.SharedRun`): each calls this, and the first writes.
+    batches are made to fit it. ``workdir`` is the folder for hidden states and unfinished work, from which
+    the same call goes on after a crash: the cache when not given. ``ranks`` are processes that share the
+    documents (:class:`cusprun.walk.shared_run.SharedRun`): each calls this, and the first writes.
 
     Raises:
         DeviceError: the device is unknown, does not work or has too little memory.
@@ -109,7 +107,7 @@ def score(
     require_known(granularity, GRANULARITIES, "granularity")
     require_units(memory, granularity)
     refuse_shared_neurons(granularity, ranks)
-    workspace = workspace_of(memory, ranks)
+    workspace = workspace_of(memory, ranks, workdir)
     where = open_device(device, ranks.local_rank)
     target = ranks.from_first(lambda: fresh_output(out))
     chosen = as_expert(expert)
@@ -211,6 +209,7 @@ def prune(
     device: str = DEFAULT_DEVICE,
     ranks: Ranks = ALONE,
     memory: int | str | None = None,
+    workdir: StrPath | None = None,
     progress: Progress = SILENT,
 ) -> Manifest | NeuronManifest:
     """Write the smaller model that an expert needs as a Hugging Face folder; return its manifest.
@@ -225,8 +224,12 @@ def prune(
     ``refit_target`` what they aim at: ``output`` (the default), ``residual`` or ``auto`` (see
     ``docs/method.md``). With
     ``granularity="neuron"`` single neurons of every matrix are zeroed by the rule (``paper`` unless given) in
-    ``ratio``, and every shape stays. ``shard_bytes`` bounds a weight file (2 GB). ``device``, ``memory`` and
-    ``ranks`` are those of :func:`score`. Interrupted and called again, it continues from the scores.
+    ``ratio``, and every shape stays. ``shard_bytes`` bounds a weight file (2 GB). ``device``, ``memory``,
+    ``workdir`` and ``ranks`` are those of :func:`score`.
+
+    However it is interrupted, called again it goes on from the last finished layer, and writes the same bytes
+    as without an interruption; but for ``created`` and ``seconds`` of the manifest, where the environment
+    does not set ``SOURCE_DATE_EPOCH`` (see :mod:`cusprun.clock`).
 
     Raises:
         DeviceError: the device is unknown, does not work or has too little memory.
@@ -262,7 +265,7 @@ def prune(
     )
     wishes.check()
     require_units(memory, granularity)
-    workspace = workspace_of(memory, ranks)
+    workspace = workspace_of(memory, ranks, workdir)
     where = open_device(device, ranks.local_rank)
     chosen = as_expert(expert)
     wishes.check_dimensions(chosen)
