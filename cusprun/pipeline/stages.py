@@ -234,7 +234,7 @@ def prune(
     Raises:
         DeviceError: the device is unknown, does not work or has too little memory.
         ConfigError: the expert file has faults.
-        CorpusError: documents are missing, unreadable or too few for rule or refit, or none is held out to
+        CorpusError: documents are missing, unreadable or too few for the rule, or none is held out to
             measure ``max_loss`` on.
         ModelError: the model is missing, damaged or holds weights that are not finite.
         PlanError: no legal shape keeps the budget, the plan is malformed or another model's, or the refit
@@ -307,9 +307,6 @@ def prune_opened(
                 f"no document of {expert.name!r} is held out to measure a loss on; give it more documents "
                 "or a larger 'held_out'"
             )
-        if wishes.max_loss is not None and settings.mode == "refit":
-            unknowns = opened.index.shape.intermediate_size  # the least cut is tried
-            _require_tokens(corpora, unknowns, expert, wishes.dimension_weights)
         started = time.monotonic()
         stores = wishes.stores or (scored(opened, expert, corpora, progress),)
         seconds["score"] = time.monotonic() - started
@@ -349,7 +346,7 @@ def _write(
 
     settings = wishes.settings(made.rule, opened.index.family, edited=made.budget == EDITED)
     if settings.mode == "refit":
-        _require_tokens(corpora, made.after.intermediate_size, expert, wishes.dimension_weights)
+        _tell_few_tokens(corpora, made.after.intermediate_size, expert, wishes.dimension_weights)
     log.info("%s", plan_sentence(made))
     return write_expert(
         opened.index,
@@ -438,8 +435,12 @@ def _given_plan(plan: StrPath | Plan, opened: OpenModel, refit: bool) -> Plan:
     return checked_plan(made, opened.index, opened.model_hash, refit=refit)
 
 
-def _require_tokens(corpora: Corpora, unknowns: int, expert: Expert, weights: Mapping[str, float]) -> None:
-    """Raise ``CorpusError`` when the least squares would have fewer tokens that weigh than unknowns."""
+def _tell_few_tokens(corpora: Corpora, unknowns: int, expert: Expert, weights: Mapping[str, float]) -> None:
+    """Say when the least squares have fewer tokens that weigh than unknowns.
+
+    They have a solution all the same, which the ridge holds near the original weights; a document set apart
+    decides whether it is better than these.
+    """
     tokens = sum(
         len(document.token_ids)
         for document in corpora.calibration
@@ -447,8 +448,11 @@ def _require_tokens(corpora: Corpora, unknowns: int, expert: Expert, weights: Ma
     )
     if tokens < unknowns:
         weighing = " with a weight above 0" if tokens < corpora.calibration_tokens else ""
-        raise CorpusError(
-            f"the corpora of {expert.name!r} have {tokens} calibration tokens{weighing}, fewer "
-            f"than the {unknowns} FFN channels of a block that the refit solves for; add documents, or "
-            "prune without the refit"
+        log.info(
+            "note: the corpora of %r have %d calibration tokens%s, fewer than the %d FFN channels of a block "
+            "that the refit solves for; more documents make a better expert",
+            expert.name,
+            tokens,
+            weighing,
+            unknowns,
         )
