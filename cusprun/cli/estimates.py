@@ -45,7 +45,10 @@ def estimate_tables(made: Estimate) -> Iterator[RenderableType]:
     from cusprun.cli.tables import make_table
     from serve.bench.table import format_bytes
 
-    rows = [(stage.name, duration(stage.seconds), format_bytes(stage.memory_bytes)) for stage in made.stages]
+    rows = [
+        (stage.name, duration(stage.seconds), format_bytes(stage.memory_bytes) if stage.memory_bytes else "–")
+        for stage in made.stages
+    ]
     rows.append(("all", duration(made.seconds), format_bytes(made.memory_bytes)))
     yield make_table(
         f"Estimate: {made.model} for {made.expert} on {made.device}", ("stage", "time", "memory"), rows

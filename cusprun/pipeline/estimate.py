@@ -238,8 +238,8 @@ class _Trial:
     def _score(self, view: CheckpointIndex, documents: tuple[TokenizedDocument, ...], out: Path) -> Path:
         from cusprun.pruning.score import score_model
 
-        names = {"model_hash": _HASH, "corpus_hash": _HASH}
-        return score_model(view, Corpora(documents, ()), out, **names, **self._options())
+        corpora = Corpora(documents, ())
+        return score_model(view, corpora, out, model_hash=_HASH, corpus_hash=_HASH, **self._options())
 
     def _planned(self, view: CheckpointIndex, store: Path) -> Plan:
         from cusprun.pruning.budget import ratio_budget
