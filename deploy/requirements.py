@@ -10,6 +10,15 @@ from cusprun.errors import MissingDependencyError
 UNUSED: Mapping[str, frozenset[str]] = {"tokenizers": frozenset({"huggingface-hub"})}
 """What a package asks for and serving never imports: the hub's client would bring ten more."""
 
+ENGINE_MODULES: Mapping[str, str] = {"llamacpp": "xllamacpp", "onnx": "onnxruntime_genai"}
+"""What is imported to find out whether an engine's wheel works on a machine."""
+
+LIBRARIES: Mapping[str, str] = {
+    "llamacpp": "the libraries of OpenMP and C++ (Debian's packages libgomp1 and libstdc++6)",
+    "onnx": "the library of C++ (Debian's package libstdc++6)",
+}
+"""What the wheels of an engine take from a Linux system, besides its C library."""
+
 ABSENT_HERE: Mapping[str, str] = {
     "async-timeout": "5.0.1",
     "colorama": "0.4.6",
@@ -30,12 +39,14 @@ def pinned(names: Iterable[str], environment: Mapping[str, str]) -> dict[str, st
     from packaging.utils import canonicalize_name
 
     found: dict[str, str] = {}
+    seen: set[tuple[str, frozenset[str]]] = set()
     wanted = [(Requirement(name), "cusprun") for name in names]
     while wanted:
         requirement, asker = wanted.pop()
         name = str(canonicalize_name(requirement.name))
-        if name in found:
+        if (name, frozenset(requirement.extras)) in seen:
             continue
+        seen.add((name, frozenset(requirement.extras)))
         try:
             found[name] = metadata.version(name)
             needs = metadata.requires(name) or []

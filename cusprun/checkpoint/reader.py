@@ -45,6 +45,19 @@ def read_tensor(index: CheckpointIndex, name: str, dtype: torch.dtype | None = N
     return tensor.to(dtype) if dtype is not None else tensor
 
 
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read a file of :func:`cusprun.checkpoint.writer.write_tensors` whole.
+
+    Raises:
+        ModelError: the file cannot be read.
+    """
+    try:
+        with safe_open(path, framework="pt") as stream:
+            return {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise ModelError(f"{path} cannot be read ({error}); remove it, and run again") from None
+
+
 def _mapped(info: TensorInfo) -> torch.Tensor:
     """Map the bytes of one tensor, and of no other.
 
@@ -63,19 +76,6 @@ def _mapped(info: TensorInfo) -> torch.Tensor:
     if info.offset % kind.itemsize:  # behind an odd number of values of a smaller type
         raw = raw.clone()
     return raw.view(kind).view(info.shape)
-
-
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read a file of :func:`cusprun.checkpoint.writer.write_tensors` whole.
-
-    Raises:
-        ModelError: the file cannot be read.
-    """
-    try:
-        with safe_open(path, framework="pt") as stream:
-            return {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise ModelError(f"{path} cannot be read ({error}); remove it, and run again") from None
 
 
 def layer_tensors(

@@ -105,8 +105,8 @@ def _is_debugged(arguments: Sequence[str]) -> bool:
 
 
 def _general(arguments: Sequence[str]) -> list[str]:
-    """Return the options before the name of the command."""
-    return list(takewhile(lambda word: word.startswith("-"), arguments))
+    """Return the options before the command's name."""
+    return [*takewhile(lambda word: word.startswith("-"), arguments)]
 
 
 def _run(arguments: Sequence[str], debug: bool, process: SharedProcess) -> Ended:

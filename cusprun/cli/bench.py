@@ -174,7 +174,11 @@ def _or(value: Any, default: Any) -> Any:
 
 
 def require_all_measured(report: BenchReport) -> None:
-    """Raise ``MeasurementError`` when a runtime could not be measured; the tables have said why."""
-    failed = ", ".join(suite.runtime for suite in report.suites if suite.failure is not None)
+    """Raise ``MeasurementError`` when a runtime was not measured to the end; the tables have said why."""
+    kinds = {
+        "not measured": [suite.runtime for suite in report.suites if suite.failure is not None],
+        "not measured to the end": [suite.runtime for suite in report.suites if suite.given_up],
+    }
+    failed = "; ".join(f"{words}: {', '.join(names)}" for words, names in kinds.items() if names)
     if failed:
-        raise MeasurementError(f"not measured: {failed}; the notes say why")
+        raise MeasurementError(f"{failed}; the notes say why")

@@ -21,6 +21,7 @@ from cusprun.cli.options import (
     Targets,
     Units,
     Weights,
+    WorkDir,
     parse_weights,
     refuse_existing_json,
     refuse_same,
@@ -102,6 +103,7 @@ def sweep(
     keep: Annotated[bool, typer.Option("--keep", help="Keep every expert and export in the folder.")] = False,
     device: DeviceName = DEFAULT_DEVICE,
     memory: Memory = None,
+    workdir: WorkDir = None,
 ) -> None:
     """Show how quality falls with size, and with --export which sizes and precisions are worth their cost."""
     from cusprun.cli.tables import sweep_tables
@@ -126,6 +128,7 @@ def sweep(
         keep=keep,
         device=device,
         memory=memory,
+        workdir=workdir,
         progress=shown_progress(),
     )
     console = stdout()

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from cusprun.pipeline.estimate import Estimate
+    from cusprun.walk.ranks import Ranks
 
 
 def refuse_unknowable(options: Mapping[str, object]) -> None:
@@ -20,9 +21,15 @@ def refuse_unknowable(options: Mapping[str, object]) -> None:
     given = [name for name, value in options.items() if value is not None]
     if given:
         raise UserError(
-            "an estimate is for scoring and pruning by a ratio or to a number of parameters, and writes "
-            f"nothing; leave out {' and '.join(given)}"
+            "an estimate is for scoring and pruning by a ratio or to a number of parameters; leave out "
+            f"{' and '.join(given)}"
         )
+
+
+def refuse_several(ranks: Ranks) -> None:
+    """Refuse to estimate in several processes, which would time one another."""
+    if ranks.size > 1:
+        raise UserError(f"an estimate is the work of one process, and there are {ranks.size}; start one")
 
 
 def show_estimate(model: str, expert: Any, *, as_json: bool, **options: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cusprun.cli.console import shown_progress, stdout
-from cusprun.cli.estimates import refuse_unknowable, show_estimate
+from cusprun.cli.estimates import refuse_several, refuse_unknowable, show_estimate
 from cusprun.cli.options import (
     DeviceName,
     ExpertFile,
@@ -24,6 +24,7 @@ from cusprun.cli.options import (
     Targets,
     Units,
     Weights,
+    WorkDir,
     parse_count,
     parse_share,
     parse_size,
@@ -65,6 +66,7 @@ def score(
     ] = "unit",
     device: DeviceName = DEFAULT_DEVICE,
     memory: Memory = None,
+    workdir: WorkDir = None,
 ) -> None:
     """Score every unit of a model, or every single neuron, on an expert's documents."""
     from cusprun.pipeline.stages import score as run
@@ -76,6 +78,7 @@ def score(
         granularity=granularity,
         device=device,
         memory=memory,
+        workdir=workdir,
         ranks=ranks_of(context),
         progress=shown_progress(),
     )
@@ -155,6 +158,7 @@ def prune(
     ] = None,
     device: DeviceName = DEFAULT_DEVICE,
     memory: Memory = None,
+    workdir: WorkDir = None,
     estimate: Annotated[
         bool,
         typer.Option("--estimate", help="Say what it will take of time, memory and disk; write nothing."),
@@ -167,9 +171,9 @@ def prune(
     from cusprun.records import Manifest
 
     if estimate:
+        refuse_several(ranks_of(context))
         refuse_unknowable(
             {
-                "--out": out,
                 "--target-bytes": target_bytes,
                 "--max-loss": max_loss,
                 "--scores": scores,
@@ -192,6 +196,7 @@ def prune(
             refit_target=refit_target,
             device=device,
             memory=memory,
+            workdir=workdir,
         )
         return
     if out is None:
@@ -218,6 +223,7 @@ def prune(
         shard_bytes=parse_size(shard_size),
         device=device,
         memory=memory,
+        workdir=workdir,
         ranks=ranks_of(context),
         progress=shown_progress(),
     )
@@ -243,6 +249,7 @@ def evaluate(
     ] = None,
     device: DeviceName = DEFAULT_DEVICE,
     memory: Memory = None,
+    workdir: WorkDir = None,
     json: JsonFile = None,
 ) -> None:
     """Measure perplexity on an expert's held-out documents and on general text, agreement, and tasks."""
@@ -251,7 +258,14 @@ def evaluate(
 
     refuse_existing_json(json)
     report = run(
-        models, expert, tasks, batch_size=batch_size, device=device, memory=memory, progress=shown_progress()
+        models,
+        expert,
+        tasks,
+        batch_size=batch_size,
+        device=device,
+        memory=memory,
+        workdir=workdir,
+        progress=shown_progress(),
     )
     write_json(report, json)
     console = stdout()

@@ -151,6 +151,10 @@ def run_load_test(
     if api_key is not None and key is not None:
         hide_keys((key,))
     refuse_existing_json(json)
+    if prompts is not None and prompt_tokens is not None:
+        raise UserError(
+            "--prompt-tokens is for prompts that are made, and --prompts gives some; leave one out"
+        )
     given: dict[str, Any] = {
         "concurrency": _numbers(concurrency, int, "concurrency"),
         "rates": _numbers(rate, float, "rate"),

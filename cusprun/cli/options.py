@@ -102,6 +102,16 @@ Memory = Annotated[
         show_default=False,
     ),
 ]
+WorkDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--workdir",
+        metavar="DIR",
+        help="Folder for hidden states and unfinished work, from which the same command goes on after a "
+        "crash; the cache unless given.",
+        show_default=False,
+    ),
+]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", help="Also write the whole report to this file.", show_default=False)

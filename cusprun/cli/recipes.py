@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cusprun.cli.console import shown_progress, stdout
-from cusprun.cli.options import JsonFlag, Memory, print_json
+from cusprun.cli.options import JsonFlag, Memory, WorkDir, print_json
 
 
 def register(app: typer.Typer) -> None:
@@ -23,6 +23,7 @@ def run_recipe(
         typer.Option(help="Where models run, instead of the recipe's 'device'.", show_default=False),
     ] = None,
     memory: Memory = None,
+    workdir: WorkDir = None,
     json: JsonFlag = False,
 ) -> None:
     """Run a recipe: from a model to a measured expert, with one table at the end."""
@@ -30,7 +31,7 @@ def run_recipe(
     from cusprun.cli.tables import row_table
     from cusprun.pipeline.run import run
 
-    report = run(recipe, device=device, memory=memory, progress=shown_progress())
+    report = run(recipe, device=device, memory=memory, workdir=workdir, progress=shown_progress())
     if json:
         print_json(report)
     else:

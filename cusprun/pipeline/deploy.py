@@ -76,34 +76,36 @@ def deploy(
             f"the target {to} serves no {format_name} artifacts ({source}); export the model to "
             f"{' or '.join(sorted(target.formats))}"
         )
-    request = Request(memory, context, parallel, None if results is None else Path(results))
+    beside_bytes = target.beside_bytes.get(format_name, 0)
+    request = Request(memory, context, parallel, None if results is None else Path(results), beside_bytes)
     facts = gather(source, format_name, request, progress=progress)
     if wanted.get(_ORIGINAL) is not None:
-        facts = replace(facts, original=_original(Path(str(wanted[_ORIGINAL])), facts, progress))
+        path = Path(str(wanted[_ORIGINAL])).expanduser()
+        facts = replace(facts, original=_original(path, facts, beside_bytes, progress))
     module = load(target)
     module.check(facts, wanted)
-    require_space(folder, facts.artifact_bytes)
+    require_space(folder, facts.artifact_bytes + (facts.original.artifact_bytes if facts.original else 0))
     root = source.absolute() if facts.artifact_is_folder else source.absolute().parent
     with atomic_folder(folder) as partial:
         write_files(partial, module.files(facts, wanted), facts, root, modified_s)
     return folder
 
 
-def _original(path: Path, facts: Facts, progress: Progress) -> Facts:
+def _original(path: Path, facts: Facts, beside_bytes: int, progress: Progress) -> Facts:
     """Return the facts of an artifact to be served beside, with the same context and requests at once.
 
     Raises:
         ExportError: it is of another format.
     """
-    found = format_of_artifact(path.expanduser())
+    found = format_of_artifact(path)
     if found != facts.format:
         raise ExportError(
             f"the original {path} is a {found} artifact and the expert a {facts.format} one; export the "
             f"original to {facts.format} as well"
         )
     sizing = facts.sizing
-    request = Request(None, sizing.context_tokens, sizing.parallel, None)
-    return gather(path.expanduser(), found, request, progress=progress)
+    request = Request(None, sizing.context_tokens, sizing.parallel, None, beside_bytes)
+    return gather(path, found, request, progress=progress)
 
 
 def write_files(

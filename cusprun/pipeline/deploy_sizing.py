@@ -36,12 +36,16 @@ _F32_BYTES = 4
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of the size: the memory that may be used, and what is held in it."""
+    """What is asked of the size: the memory that may be used, and what is held in it.
+
+    ``beside_bytes`` is what counts as the server's memory besides its own, where it is put.
+    """
 
     memory_bytes: int | None = None
     context_tokens: int | None = None
     parallel: int | None = None
     results: Path | None = None
+    beside_bytes: int = 0
 
 
 def size(artifact: Path, engine: str, context_limit: int, request: Request) -> Sizing:
@@ -68,7 +72,7 @@ def size(artifact: Path, engine: str, context_limit: int, request: Request) -> S
     return plan(
         weights,
         cache,
-        overhead,
+        overhead + request.beside_bytes,
         context_limit,
         budget_bytes=request.memory_bytes,
         context_tokens=request.context_tokens,

@@ -82,13 +82,15 @@ def estimate(
     refit_target: str | None = None,
     device: str = DEFAULT_DEVICE,
     memory: int | str | None = None,
+    workdir: StrPath | None = None,
     progress: Progress = SILENT,
 ) -> Estimate:
     """Say what :func:`cusprun.prune` with these options will take on this machine as it is; keep nothing.
 
     One and two blocks of the model are scored, planned, refit, written and measured at their true widths,
     with a part of the documents where there are many; the whole is worked out from that. ``units`` may not
-    be blocks, which are chosen by the scores of all of them.
+    be blocks, which are chosen by the scores of all of them. What the trial writes lies in ``workdir`` (the
+    system's temporary folder unless given) as long as it lasts.
 
     Raises:
         UserError: the memory is too little, or the kind of unit is ``block``.
@@ -108,7 +110,7 @@ def estimate(
     wishes.check()
     if "block" in wishes.units:
         raise UserError("which blocks go is known when all are scored; leave out 'block', or do not estimate")
-    workspace = workspace_of(memory)
+    workspace = workspace_of(memory, workdir)
     where = open_device(device)
     chosen = as_expert(expert)
     wishes.check_dimensions(chosen)

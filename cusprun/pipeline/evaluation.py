@@ -33,6 +33,7 @@ def evaluate(
     batch_size: int | None = None,
     device: str = DEFAULT_DEVICE,
     memory: int | str | None = None,
+    workdir: StrPath | None = None,
     progress: Progress = SILENT,
 ) -> EvalReport:
     """Measure perplexity on an expert's held-out documents and on its general text, in float32; and tasks.
@@ -42,7 +43,7 @@ def evaluate(
 
     ``tasks`` is a file of tasks, as told at :func:`cusprun.quality.tasks.load_tasks`, that lm-eval runs on
     each model in the type of its weights, ``batch_size`` prompts at a time (8); the others also get the
-    difference of their scores and the reference's. ``device`` and ``memory`` are those of
+    difference of their scores and the reference's. ``device``, ``memory`` and ``workdir`` are those of
     :func:`cusprun.score`; tasks hold a whole model.
 
     Raises:
@@ -61,7 +62,7 @@ def evaluate(
     if not names:
         raise UserError("no model was given; name at least one")
     _check_batch_size(batch_size, tasks)
-    workspace = workspace_of(memory)
+    workspace = workspace_of(memory, workdir=workdir)
     where = open_device(device)
     chosen = as_expert(expert)
     wanted = () if tasks is None else _ready_tasks(Path(tasks))

@@ -13,7 +13,6 @@ from cusprun.cache import fresh_output
 from cusprun.errors import CorpusError, PlanError, require_known
 from cusprun.pipeline.shared import refuse_shared_neurons, require_same_wishes, written_together
 from cusprun.pipeline.wishes import DEFAULT_RATIO, PlanWishes, PruneWishes, stores_of, texts_of
-from cusprun.pipeline.workdir import with_folder
 from cusprun.pipeline.workspaces import require_pruning_memory, require_units, workspace_of
 from cusprun.progress import SILENT, Progress
 from cusprun.records import GRANULARITIES, Corpora, Expert, Manifest, NeuronManifest, Plan
@@ -50,10 +49,7 @@ def open_model(
     device: Device = CPU,
     workspace: Workspace = DEFAULT_WORKSPACE,
 ) -> OpenModel:
-    """Resolve a model, check its headers and hash its weights.
-
-    The ``workspace`` gets the cache for its folder when it has none.
-    """
+    """Resolve a model, check its headers and hash its weights."""
     from cusprun.checkpoint.index import model_hash, open_checkpoint
     from cusprun.walk.shell import load_config
 
@@ -63,7 +59,7 @@ def open_model(
     with progress.stage("hashing the model", 1) as advance:
         digest = model_hash(index)
         advance(1)
-    return OpenModel(index, digest, located.source, device, with_folder(workspace))
+    return OpenModel(index, digest, located.source, device, workspace)
 
 
 def as_expert(expert: StrPath | Expert) -> Expert:
@@ -80,8 +76,9 @@ def score(
     *,
     granularity: str = "unit",
     device: str = DEFAULT_DEVICE,
-    memory: int | str | None = None,
     ranks: Ranks = ALONE,
+    memory: int | str | None = None,
+    workdir: StrPath | None = None,
     progress: Progress = SILENT,
 ) -> Path:
     """Score every FFN channel, query head, KV group and block on an expert's documents into a store ``out``.
@@ -89,9 +86,10 @@ def score(
     With ``granularity="neuron"`` the store holds single rows of Q, K and V, columns of O and FFN channels. A
     store of the same model and documents in the cache is copied, and nothing is computed again. ``device`` is
     ``cpu``, ``cuda``, ``cuda:N`` or ``auto``, which is CUDA where it works. ``memory``, bytes or a text like
-    ``4GB``, is what a process may take beside files that the system holds in memory as long as it has room;
-    batches are made to fit it. ``ranks`` are processes that share the documents
-    (:class:`cusprun.walk.shared_run.SharedRun`): each calls this, and the first writes.
+    ``4GB``, is what the work may take beside files that the system holds in memory as long as it has room;
+    batches are made to fit it. ``workdir`` is the folder for hidden states and unfinished work, from which
+    the same call goes on after a crash: the cache when not given. ``ranks`` are processes that share the
+    documents (:class:`cusprun.walk.shared_run.SharedRun`): each calls this, and the first writes.
 
     Raises:
         DeviceError: the device is unknown, does not work or has too little memory.
@@ -107,9 +105,9 @@ def score(
     from cusprun.pipeline.scores import copy_store
 
     require_known(granularity, GRANULARITIES, "granularity")
-    refuse_shared_neurons(granularity, ranks)
     require_units(memory, granularity)
-    workspace = workspace_of(memory, ranks=ranks)
+    refuse_shared_neurons(granularity, ranks)
+    workspace = workspace_of(memory, ranks, workdir)
     where = open_device(device, ranks.local_rank)
     target = ranks.from_first(lambda: fresh_output(out))
     chosen = as_expert(expert)
@@ -209,8 +207,9 @@ def prune(
     refit_target: str | None = None,
     shard_bytes: int | None = None,
     device: str = DEFAULT_DEVICE,
-    memory: int | str | None = None,
     ranks: Ranks = ALONE,
+    memory: int | str | None = None,
+    workdir: StrPath | None = None,
     progress: Progress = SILENT,
 ) -> Manifest | NeuronManifest:
     """Write the smaller model that an expert needs as a Hugging Face folder; return its manifest.
@@ -225,13 +224,17 @@ def prune(
     ``refit_target`` what they aim at: ``output`` (the default), ``residual`` or ``auto`` (see
     ``docs/method.md``). With
     ``granularity="neuron"`` single neurons of every matrix are zeroed by the rule (``paper`` unless given) in
-    ``ratio``, and every shape stays. ``shard_bytes`` bounds a weight file (2 GB). ``device``, ``memory`` and
-    ``ranks`` are those of :func:`score`. Interrupted and called again, it continues from the scores.
+    ``ratio``, and every shape stays. ``shard_bytes`` bounds a weight file (2 GB). ``device``, ``memory``,
+    ``workdir`` and ``ranks`` are those of :func:`score`.
+
+    However it is interrupted, called again it goes on from the last finished layer, and writes the same bytes
+    as without an interruption; but for ``created`` and ``seconds`` of the manifest, where the environment
+    does not set ``SOURCE_DATE_EPOCH`` (see :mod:`cusprun.clock`).
 
     Raises:
         DeviceError: the device is unknown, does not work or has too little memory.
         ConfigError: the expert file has faults.
-        CorpusError: documents are missing, unreadable or too few for rule or refit, or none is held out to
+        CorpusError: documents are missing, unreadable or too few for the rule, or none is held out to
             measure ``max_loss`` on.
         ModelError: the model is missing, damaged or holds weights that are not finite.
         PlanError: no legal shape keeps the budget, the plan is malformed or another model's, or the refit
@@ -262,7 +265,7 @@ def prune(
     )
     wishes.check()
     require_units(memory, granularity)
-    workspace = workspace_of(memory, ranks=ranks)
+    workspace = workspace_of(memory, ranks, workdir)
     where = open_device(device, ranks.local_rank)
     chosen = as_expert(expert)
     wishes.check_dimensions(chosen)
@@ -304,9 +307,6 @@ def prune_opened(
                 f"no document of {expert.name!r} is held out to measure a loss on; give it more documents "
                 "or a larger 'held_out'"
             )
-        if wishes.max_loss is not None and settings.mode == "refit":
-            unknowns = opened.index.shape.intermediate_size  # the least cut is tried
-            _require_tokens(corpora, unknowns, expert, wishes.dimension_weights)
         started = time.monotonic()
         stores = wishes.stores or (scored(opened, expert, corpora, progress),)
         seconds["score"] = time.monotonic() - started
@@ -346,7 +346,7 @@ def _write(
 
     settings = wishes.settings(made.rule, opened.index.family, edited=made.budget == EDITED)
     if settings.mode == "refit":
-        _require_tokens(corpora, made.after.intermediate_size, expert, wishes.dimension_weights)
+        _tell_few_tokens(corpora, made.after.intermediate_size, expert, wishes.dimension_weights)
     log.info("%s", plan_sentence(made))
     return write_expert(
         opened.index,
@@ -435,8 +435,12 @@ def _given_plan(plan: StrPath | Plan, opened: OpenModel, refit: bool) -> Plan:
     return checked_plan(made, opened.index, opened.model_hash, refit=refit)
 
 
-def _require_tokens(corpora: Corpora, unknowns: int, expert: Expert, weights: Mapping[str, float]) -> None:
-    """Raise ``CorpusError`` when the least squares would have fewer tokens that weigh than unknowns."""
+def _tell_few_tokens(corpora: Corpora, unknowns: int, expert: Expert, weights: Mapping[str, float]) -> None:
+    """Say when the least squares have fewer tokens that weigh than unknowns.
+
+    They have a solution all the same, which the ridge holds near the original weights; a document set apart
+    decides whether it is better than these.
+    """
     tokens = sum(
         len(document.token_ids)
         for document in corpora.calibration
@@ -444,8 +448,11 @@ def _require_tokens(corpora: Corpora, unknowns: int, expert: Expert, weights: Ma
     )
     if tokens < unknowns:
         weighing = " with a weight above 0" if tokens < corpora.calibration_tokens else ""
-        raise CorpusError(
-            f"the corpora of {expert.name!r} have {tokens} calibration tokens{weighing}, fewer "
-            f"than the {unknowns} FFN channels of a block that the refit solves for; add documents, or "
-            "prune without the refit"
+        log.info(
+            "note: the corpora of %r have %d calibration tokens%s, fewer than the %d FFN channels of a block "
+            "that the refit solves for; more documents make a better expert",
+            expert.name,
+            tokens,
+            weighing,
+            unknowns,
         )

@@ -52,6 +52,7 @@ def sweep(
     keep: bool = False,
     device: str = DEFAULT_DEVICE,
     memory: int | str | None = None,
+    workdir: StrPath | None = None,
     progress: Progress = SILENT,
 ) -> SweepReport:
     """Measure how quality falls with size: one expert for each ratio, scored once; write the curve.
@@ -62,7 +63,7 @@ def sweep(
     matplotlib is installed, ``sweep.png``. Interrupted and called again, it continues from the finished
     ratios; called with other ratios, also while another call is at work in ``out``, it adds to the curve,
     which is returned whole. A curve of other inputs, or measured on another kind of ``device`` (that of
-    :func:`cusprun.score`, as is ``memory``), is never replaced.
+    :func:`cusprun.score`, as are ``memory`` and ``workdir``), is never replaced.
 
     ``exports``, like ``gguf:q4_k_m``, add the frontier: the original and each expert are exported, weighed,
     measured on the same documents in the export's own runtime, and timed by ``measure`` with the options
@@ -95,7 +96,7 @@ def sweep(
     if speed is not None:
         speed.check()
     require_runtimes(specs)
-    workspace = workspace_of(memory)
+    workspace = workspace_of(memory, workdir=workdir)
     where = open_device(device)
     folder = CurveFolder.checked(expand_home(out))
     chosen = as_expert(expert)

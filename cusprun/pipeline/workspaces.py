@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cusprun.errors import UserError, require_kind
-from cusprun.pipeline.workdir import work_folder
+from cusprun.cache import cache_folder
+from cusprun.errors import OutputError, UserError, require_kind
+from cusprun.paths import expand_home, path_text
 from cusprun.resolve import StrPath
 from cusprun.walk.ranks import ALONE, Ranks
 from cusprun.walk.workspace import Workspace
@@ -18,12 +22,14 @@ if TYPE_CHECKING:
 
 
 def workspace_of(
-    memory: int | str | None = None, workdir: StrPath | None = None, ranks: Ranks = ALONE
+    memory: int | str | None = None, ranks: Ranks = ALONE, workdir: StrPath | None = None
 ) -> Workspace:
-    """Return what walks may use; ``memory``, of each process, is in bytes, or a text like ``4GB``.
+    """Return what walks may use; ``memory`` is in bytes, or a text like ``4GB``, for each of ``ranks``.
+
+    ``workdir`` is the folder for what is unfinished, which is made if need be; the cache when not given.
 
     Raises:
-        OutputError: the folder ``workdir`` cannot be made or written.
+        OutputError: the folder cannot be made or written.
         UserError: the memory is not an amount above 0.
     """
     from cusprun.walk.allocator import give_back_when_freed
@@ -31,7 +37,42 @@ def workspace_of(
     allowed = memory_bytes(memory)
     if allowed is not None:
         give_back_when_freed()
-    return Workspace(work_folder(workdir), allowed, ranks)
+    return with_folder(Workspace(folder=work_folder(workdir), memory_bytes=allowed, ranks=ranks))
+
+
+def work_folder(workdir: StrPath | None) -> Path | None:
+    """Return the folder that a user names, made if need be; None when none is named.
+
+    Raises:
+        OutputError: it cannot be made or written.
+    """
+    if workdir is None:
+        return None
+    folder = expand_home(path_text(workdir))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"the work folder {folder} cannot be made ({error.strerror}); choose another with --workdir"
+        ) from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"the work folder {folder} cannot be written; choose another with --workdir")
+    return folder
+
+
+def with_folder(workspace: Workspace) -> Workspace:
+    """Return a workspace with a folder, the cache where none is named.
+
+    Where that cannot be made either, walks use the system's temporary folder and keep nothing.
+    """
+    if workspace.folder is not None:
+        return workspace
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return workspace
+    return replace(workspace, folder=folder) if os.access(folder, os.W_OK | os.X_OK) else workspace
 
 
 def memory_bytes(memory: int | str | None) -> int | None:

@@ -151,13 +151,18 @@ def _store(launch: Launch) -> Any:
     return dist.PrefixStore(f"{prefix}/{runs}", store)
 
 
+def version_of_this() -> str:
+    """Return the version that all processes must have."""
+    return __version__
+
+
 def _meet(store: Any, launch: Launch) -> None:
     """Wait until every process is here; raises ``UserError`` when their versions differ."""
     import torch
 
     from cusprun.walk.group import require_equal
 
-    about = {"version of cusprun": __version__, "version of torch": torch.__version__.partition("+")[0]}
+    about = {"version of cusprun": version_of_this(), "version of torch": torch.__version__.partition("+")[0]}
     keys = [f"here/{rank}" for rank in range(launch.size)]
     store.set(keys[launch.rank], json.dumps(about))
     deadline = time.monotonic() + START_S
