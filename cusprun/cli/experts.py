@@ -163,7 +163,7 @@ def prune(
         bool,
         typer.Option("--estimate", help="Say what it will take of time, memory and disk; write nothing."),
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the estimate as JSON.")] = False,
+    json: JsonFile = None,
 ) -> None:
     """Write the smaller model that an expert needs; scores and plans itself unless given both."""
     from cusprun.cli.tables import manifest_tables, neuron_tables
@@ -185,7 +185,7 @@ def prune(
         show_estimate(
             model,
             expert,
-            as_json=json,
+            json=json,
             ratio=ratio,
             target_params=parse_count(target_params),
             rule=rule,
@@ -201,7 +201,7 @@ def prune(
         return
     if out is None:
         raise UserError("prune writes a folder; name it with --out")
-    if json:
+    if json is not None:
         raise UserError("--json is for --estimate; what was pruned is told by cusprun.json in the folder")
     manifest = run(
         model,
