@@ -65,7 +65,9 @@ def deploy(
     from deploy.targets import complete_options, load, target_of
 
     target = target_of(to)
-    given = {**({} if platform is None else {_PLATFORM: platform}), **(options or {})}
+    given = dict(options or {})
+    if platform is not None and given.setdefault(_PLATFORM, platform) != platform:
+        raise UserError(f"the platforms {platform!r} and {given[_PLATFORM]!r} are asked for; give one")
     wanted = complete_options(target, given)
     folder = fresh_output(out)
     modified_s = _modified_s()
@@ -100,7 +102,7 @@ def _original(path: Path, facts: Facts, beside_bytes: int, progress: Progress) -
     found = format_of_artifact(path)
     if found != facts.format:
         raise ExportError(
-            f"the original {path} is a {found} artifact and the expert a {facts.format} one; export the "
+            f"the original {path} is of the format {found} and the expert of {facts.format}; export the "
             f"original to {facts.format} as well"
         )
     sizing = facts.sizing

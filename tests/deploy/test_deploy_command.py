@@ -174,6 +174,11 @@ REFUSED: list[tuple[dict[str, Any], type[UserError], str]] = [
     ({"to": "olama"}, UserError, "did you mean 'ollama'"),
     ({"to": "bundle", "platform": "linux-x86"}, UserError, "did you mean 'linux-x86_64'"),
     ({"to": "ollama", "platform": "linux-x86_64"}, UserError, "unknown option"),
+    (
+        {"to": "bundle", "platform": "linux-x86_64", "options": {"platform": "macos-arm64"}},
+        UserError,
+        "give one",
+    ),
     ({"to": "ollama", "options": {"sistem": "x"}}, UserError, "did you mean 'system'"),
     ({"to": "ollama", "options": {"system": 'say """'}}, UserError, "ends it in a Modelfile"),
     ({"to": "ollama", "options": {"system": "a\u200bb"}}, UserError, r"holds '\\u200b', which Ollama drops"),
