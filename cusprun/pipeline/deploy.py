@@ -94,7 +94,7 @@ def deploy(
 
 
 def _original(path: Path, facts: Facts, beside_bytes: int, progress: Progress) -> Facts:
-    """Return the facts of an artifact to be served beside, with the same context and requests at once.
+    """Return the facts of an artifact to be served beside, with the same context, requests and threads.
 
     Raises:
         ExportError: it is of another format.
@@ -107,7 +107,8 @@ def _original(path: Path, facts: Facts, beside_bytes: int, progress: Progress) -
         )
     sizing = facts.sizing
     request = Request(None, sizing.context_tokens, sizing.parallel, None, beside_bytes)
-    return gather(path, found, request, progress=progress)
+    original = gather(path, found, request, progress=progress)
+    return replace(original, sizing=replace(original.sizing, num_threads=sizing.num_threads))
 
 
 def write_files(

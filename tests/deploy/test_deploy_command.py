@@ -133,7 +133,7 @@ def bench_report(name: str, peak_bytes: float) -> records.BenchReport:
     )  # fmt: skip
     sides = [records.Artifact(file, 1, None, None) for file in ("original.gguf", name)]
     suite = records.Suite(
-        "llamacpp", "llama-cpp-python 1.0", sides[0], sides[1], 1000, (peak,), (), (), (), "", None, 1.0
+        "llamacpp", "llama-cpp-python\n1.0", sides[0], sides[1], 1000, (peak,), (), (), (), "", None, 1.0
     )
     machine = records.Environment("cpu", 6, 6, 8 << 30, None, None, None, (), "Linux", {})
     return records.BenchReport("2026", records.BenchOptions(), machine, (suite,), 1.0)
@@ -150,6 +150,12 @@ def test_a_measured_peak_is_what_the_memory_rests_on(artifact: Path, tmp_path: P
     assert sizing["overhead_bytes"] == FRONT_BYTES + rest + buffer
     assert (sizing["source"], sizing["measured_in"]) == ("measured", "llama-cpp-python 1.0")
     assert sizing["num_threads"] == 6
+    options = {"original": str(make_gguf(tmp_path / "original.gguf"))}
+    both = deploy(artifact, "docker", tmp_path / "both", results=results, options=options)
+    beside = yaml.safe_load((both / "compose.yaml").read_text())["services"]
+    for side in ("expert", "original"):
+        command = beside[side]["command"]
+        assert command[command.index("--threads") + 1] == "6", "or the two are not compared alike"
     whole = tmp_path / "results.json"
     whole.write_text(json.dumps({"bench": to_plain(bench_report("expert.gguf", 300 * MIB))}))
     again = manifest_of(deploy(artifact, "systemd", tmp_path / "again", results=whole))["sizing"]
