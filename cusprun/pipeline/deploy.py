@@ -131,9 +131,10 @@ def write_files(
                 raise ModelError(f"{root / name} was changed meanwhile; deploy it again")
     lines = "".join(f"{digest}  {path}\n" for path, digest in sorted(sums.items()))
     _write(folder, File(SUMS_NAME, lines.encode()), root)
-    for path in sorted(folder.rglob("*"), reverse=True):
+    for path in (*sorted(folder.rglob("*"), reverse=True), folder):
+        if path.is_dir():
+            path.chmod(0o755)
         os.utime(path, (modified_s, modified_s))
-    os.utime(folder, (modified_s, modified_s))
     return sums
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -43,8 +44,13 @@ def no_wheels(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_deployment_is_whole_checked_and_reproducible(target: str, artifact: Path, tmp_path: Path) -> None:
     before = (artifact.read_bytes(), artifact.stat().st_mtime_ns)
     out = deploy(artifact, target, tmp_path / "one")
-    again = deploy(artifact, target, tmp_path / "two")
+    mask = os.umask(0o077)
+    try:
+        again = deploy(artifact, target, tmp_path / "two")
+    finally:
+        os.umask(mask)
     assert tree(out) == tree(again)
+    assert {path.stat().st_mode & 0o777 for path in (again, *again.rglob("*")) if path.is_dir()} == {0o755}
     assert (artifact.read_bytes(), artifact.stat().st_mtime_ns) == before
     assert (
         subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=out, check=False).returncode
