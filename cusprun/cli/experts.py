@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cusprun.cli.console import shown_progress, stdout
-from cusprun.cli.estimates import refuse_unknowable, show_estimate
+from cusprun.cli.estimates import refuse_several, refuse_unknowable, show_estimate
 from cusprun.cli.options import (
     DeviceName,
     ExpertFile,
@@ -163,7 +163,7 @@ def prune(
         bool,
         typer.Option("--estimate", help="Say what it will take of time, memory and disk; write nothing."),
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the estimate as JSON.")] = False,
+    json: JsonFile = None,
 ) -> None:
     """Write the smaller model that an expert needs; scores and plans itself unless given both."""
     from cusprun.cli.tables import manifest_tables, neuron_tables
@@ -171,9 +171,9 @@ def prune(
     from cusprun.records import Manifest
 
     if estimate:
+        refuse_several(ranks_of(context))
         refuse_unknowable(
             {
-                "--out": out,
                 "--target-bytes": target_bytes,
                 "--max-loss": max_loss,
                 "--scores": scores,
@@ -185,7 +185,7 @@ def prune(
         show_estimate(
             model,
             expert,
-            as_json=json,
+            json=json,
             ratio=ratio,
             target_params=parse_count(target_params),
             rule=rule,
@@ -196,11 +196,12 @@ def prune(
             refit_target=refit_target,
             device=device,
             memory=memory,
+            workdir=workdir,
         )
         return
     if out is None:
         raise UserError("prune writes a folder; name it with --out")
-    if json:
+    if json is not None:
         raise UserError("--json is for --estimate; what was pruned is told by cusprun.json in the folder")
     manifest = run(
         model,

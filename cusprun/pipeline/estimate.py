@@ -25,7 +25,7 @@ from cusprun.walk.workspace import Workspace
 if TYPE_CHECKING:
     from cusprun.checkpoint.index import CheckpointIndex
 
-HASH, SCORE, PLAN, REFIT, MEASURE = "open and hash", "score", "plan", "refit and write", "measure"
+HASH, SCORE, PLAN, REFIT, MEASURE = "start, open and hash", "score", "plan", "refit and write", "measure"
 _HASH = "0" * 64
 _BATCHES = 2
 """Batches of the smaller trial, at least."""
@@ -82,13 +82,17 @@ def estimate(
     refit_target: str | None = None,
     device: str = DEFAULT_DEVICE,
     memory: int | str | None = None,
+    workdir: StrPath | None = None,
+    start_seconds: float = 0.0,
     progress: Progress = SILENT,
 ) -> Estimate:
     """Say what :func:`cusprun.prune` with these options will take on this machine as it is; keep nothing.
 
     One and two blocks of the model are scored, planned, refit, written and measured at their true widths,
     with a part of the documents where there are many; the whole is worked out from that. ``units`` may not
-    be blocks, which are chosen by the scores of all of them.
+    be blocks, which are chosen by the scores of all of them. What the trial writes lies in ``workdir`` (the
+    cache unless given) as long as it lasts. ``start_seconds`` is what a process takes
+    before it comes to the work.
 
     Raises:
         UserError: the memory is too little, or the kind of unit is ``block``.
@@ -108,7 +112,7 @@ def estimate(
     wishes.check()
     if "block" in wishes.units:
         raise UserError("which blocks go is known when all are scored; leave out 'block', or do not estimate")
-    workspace = workspace_of(memory)
+    workspace = workspace_of(memory, workdir=workdir)
     where = open_device(device)
     chosen = as_expert(expert)
     wishes.check_dimensions(chosen)
@@ -117,13 +121,13 @@ def estimate(
     wishes.check_family(opened.index.family, wishes.chosen_rule)
     settings = wishes.settings(wishes.chosen_rule, opened.index.family)
     require_pruning_memory(opened, corpora, settings)
-    read_seconds = time.perf_counter() - started
+    read_seconds = start_seconds + time.perf_counter() - started
     with tempfile.TemporaryDirectory(prefix="cusprun-estimate-", dir=workspace.folder) as scratch:
         run = _Trial(opened, corpora, wishes, Path(scratch))
         with progress.stage("trying the first blocks", 1) as advance:
             run.measure()
             advance(1)
-    stages = run.stages(read_seconds)
+    stages = run.stages(read_seconds + run.warm_seconds)
     disk = disk_use(opened, corpora, settings, run.plan, run.expert_bytes)
     return Estimate(
         model=opened.source,
@@ -170,6 +174,7 @@ class _Trial:
     watch: trial.MemoryWatch = field(default_factory=trial.MemoryWatch)
     sizes: dict[int, int] = field(default_factory=dict)
     hash_rate: float = 0.0
+    warm_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         shape = self.opened.index.shape
@@ -190,6 +195,11 @@ class _Trial:
         largest = views[max(self.counts)]
         _, seconds = trial.timed(lambda: model_hash(largest))
         self.hash_rate = seconds / largest.num_bytes
+        started = time.perf_counter()
+        shortest = min(self.corpora.calibration, key=lambda document: len(document.token_ids))
+        # What is imported and set up on first use would be taken for a block's.
+        self._score(views[1], (shortest,), self.scratch / "warm")
+        self.warm_seconds = time.perf_counter() - started
         for count, view in views.items():
             for documents in self.calibration[: None if count == 1 else 1]:
                 name = f"{count}-{len(documents)}"
@@ -238,8 +248,8 @@ class _Trial:
     def _score(self, view: CheckpointIndex, documents: tuple[TokenizedDocument, ...], out: Path) -> Path:
         from cusprun.pruning.score import score_model
 
-        names: dict[str, Any] = {"model_hash": _HASH, "corpus_hash": _HASH}
-        return score_model(view, Corpora(documents, ()), out, **names, **self._options())
+        corpora = Corpora(documents, ())
+        return score_model(view, corpora, out, model_hash=_HASH, corpus_hash=_HASH, **self._options())
 
     def _planned(self, view: CheckpointIndex, store: Path) -> Plan:
         from cusprun.pruning.budget import ratio_budget
