@@ -12,7 +12,7 @@ NEED_DATA = test -n "$(DATA)" || { echo "give the data: make $@ DATA=FOLDER (see
 
 .DEFAULT_GOAL := help
 .PHONY: help setup vllm demo test test-all test-rest test-vllm lint types wheel-check bench-quality bench-paper bench-tradeoff \
-	bench-export bench-cost bench-serve bench-check bench-demo docs clean
+	bench-export bench-cost bench-scale bench-serve bench-check bench-demo docs clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -85,6 +85,9 @@ bench-export: setup vllm ## Measure exports; DATA=FOLDER as above, LLAMA_CPP=CHE
 
 bench-cost: setup ## Time pruning against a plain forward pass.
 	$(PYTHON) benchmarks/cost.py
+
+bench-scale: setup ## Measure what large models take: memory, time, several processes, kills, estimates.
+	$(PYTHON) benchmarks/scale.py
 
 bench-serve: setup vllm ## Measure serving; DATA=FOLDER as above.
 	@$(NEED_DATA)

@@ -65,10 +65,16 @@ def main() -> None:
     print(to_markdown(result))
 
 
-def one_round(index: CheckpointIndex, corpora: Corpora) -> dict[str, float]:
-    """Time a plain forward pass and the three stages of pruning at ratio 0.25, once each."""
+def one_round(index: CheckpointIndex, corpora: Corpora, *, with_head: bool = True) -> dict[str, float]:
+    """Time a plain forward pass and the three stages of pruning at ratio 0.25, once each.
+
+    The pass goes up to the last hidden states alone when it is to be without the head.
+    """
     seconds: dict[str, float] = {}
-    timed(seconds, "plain_forward", partial(plain_forward, stock_model(index.folder), corpora))
+    model = stock_model(index.folder)
+    plain = model if with_head else model.get_decoder()
+    timed(seconds, "plain_forward", partial(plain_forward, plain, corpora))
+    del model, plain
     with tempfile.TemporaryDirectory(prefix="cusprun-bench-") as scratch:
         root = Path(scratch)
         digest = model_hash(index)

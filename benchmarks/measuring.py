@@ -202,18 +202,24 @@ class Ledger:
         *,
         fresh: bool = False,
         show: Callable[[Row], str] | None = None,
+        wanted: Callable[[Job], bool] = lambda _job: True,
         device: Device = CPU,
     ) -> None:
         """Do the jobs of a table whose rows are missing; rows that no job makes any more are dropped.
 
         ``describe`` gives what the table holds beside its rows, and is called when a row is missing; ``show``
-        says in a few words what a row found, its perplexity ratios otherwise.
+        says in a few words what a row found, its perplexity ratios otherwise. Jobs that are not ``wanted``
+        are left as they are.
         """
         table = self.tables.setdefault(name, {"rows": {}})
-        known = {} if fresh else table["rows"]
-        table["rows"] = {job.key: known[job.key] for job in jobs if job.key in known}
-        missing = [job for job in jobs if job.key not in table["rows"]]
-        print(f"{name}: {len(jobs) - len(missing)} rows are there, {len(missing)} to go", flush=True)
+        known = {
+            job.key: table["rows"][job.key]
+            for job in jobs
+            if job.key in table["rows"] and not (fresh and wanted(job))
+        }
+        table["rows"] = known
+        missing = [job for job in jobs if job.key not in known and wanted(job)]
+        print(f"{name}: {len(known)} rows are there, {len(missing)} to go", flush=True)
         if missing:
             table.update(describe())
         for job in missing:
@@ -243,7 +249,10 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says; ``results`` is where the files go, ``only`` names one table."""
+    """What the command line says; ``results`` is where the files go, ``only`` names one table.
+
+    What is left in ``scratch`` stays there when the command line named it.
+    """
 
     data: Path
     results: Path
@@ -272,9 +281,11 @@ def run(
     parser.add_argument("--fresh", action="store_true", help="make finished rows again, too")
     parser.add_argument("--only", metavar="MODEL/EXPERT", help="make the rows of one table")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N or auto")
+    parser.add_argument("--scratch", type=Path, help="folder to work in, which is kept for the next run")
     parser.add_argument("--smoke", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    scratch = Path(tempfile.mkdtemp(prefix="cusprun-bench-"))
+    scratch = given.scratch or Path(tempfile.mkdtemp(prefix="cusprun-bench-"))
+    scratch.mkdir(parents=True, exist_ok=True)
     results = scratch if given.smoke else RESULTS
     results.mkdir(exist_ok=True)
     try:
@@ -288,7 +299,8 @@ def run(
     except CusprunError as error:
         sys.exit(f"{parser.prog}: {error}")
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if given.scratch is None:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def stock_model(folder: Path) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,23 +16,26 @@ from pathlib import Path
 from cusprun.errors import UserError
 from deploy.facts import Facts
 from deploy.own_wheel import own_wheel
-from deploy.platforms import MACHINES, marker_environment, this_platform
+from deploy.platforms import MACHINES, marker_environment, python_there, this_platform
 from deploy.render import File, artifact_files, artifact_path, question, render, text_file
-from deploy.requirements import pinned
+from deploy.requirements import ENGINE_MODULES, LIBRARIES, pinned
 from deploy.wheelhouse import fetch, requirement_lines
 
 _WHEELS = "wheels"
-_PYTHON = re.compile(r"3\.(\d{1,2})")
-_OLDEST_MINOR = 10
-_NOT_ON_WINDOWS = frozenset('<>:"|?*\\')
+_NOT_ON_WINDOWS = re.compile(
+    r"""[<>:"|?*\\] | [. ](?:/|$) | (?:^|/)(?:con|prn|aux|nul|com\d|lpt\d)(?:[./]|$)""", re.I | re.X
+)
+"""https://learn.microsoft.com/windows/win32/fileio/naming-a-file"""
+
 _SCRIPTS = {"posix": ("start.sh",), "nt": ("start.bat", "start.ps1")}
 
 
 def check(facts: Facts, options: Mapping[str, str | None]) -> None:
     """Raise ``UserError`` for a platform or a Python that there can be no bundle for."""
     platform = _platform(options)
-    _python(options)
-    odd = next((name for name in (facts.artifact_name, *facts.sha256) if _NOT_ON_WINDOWS & {*name}), None)
+    python_there(options.get("python"))
+    names = (facts.artifact_name, *facts.sha256)
+    odd = next((name for name in names if _NOT_ON_WINDOWS.search(name)), None)
     if MACHINES[platform].os_name == "nt" and odd is not None:
         raise UserError(f"Windows has no files with names like {odd!r}; rename it")
     if facts.artifact_name.startswith("-"):
@@ -42,7 +44,7 @@ def check(facts: Facts, options: Mapping[str, str | None]) -> None:
 
 def files(facts: Facts, options: Mapping[str, str | None]) -> Iterator[File]:
     """Yield the files of the bundle; the wheels are fetched first."""
-    platform, python = _platform(options), _python(options)
+    platform, python = _platform(options), python_there(options.get("python"))
     versions = pinned(facts.versions, marker_environment(platform, python))
     name, wheel = own_wheel()
     with tempfile.TemporaryDirectory() as folder:
@@ -66,6 +68,7 @@ def files(facts: Facts, options: Mapping[str, str | None]) -> Iterator[File]:
         platform=platform,
         python=python,
         is_windows=is_windows,
+        libraries=_libraries(facts, platform),
         route=route,
         body=body,
     )
@@ -89,8 +92,15 @@ def _settings(facts: Facts, platform: str, python: str) -> bytes:
         "python": python,
         "memory_bytes": sizing.memory_limit_bytes,
         "asks": question(facts)[0],
+        "module": ENGINE_MODULES[facts.engine],
+        "libraries": _libraries(facts, platform),
     }  # fmt: skip
     return (json.dumps(plain, ensure_ascii=True, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _libraries(facts: Facts, platform: str) -> str:
+    """Return what the wheels take from the system, empty where that is always there."""
+    return LIBRARIES.get((MACHINES[platform].sys_platform, facts.engine), "")
 
 
 def _platform(options: Mapping[str, str | None]) -> str:
@@ -98,13 +108,3 @@ def _platform(options: Mapping[str, str | None]) -> str:
     if found is None:
         raise UserError(f"this machine is none of {', '.join(MACHINES)}; say which one with --platform")
     return found
-
-
-def _python(options: Mapping[str, str | None]) -> str:
-    stated = options.get("python")
-    if stated is None:
-        return f"{sys.version_info.major}.{sys.version_info.minor}"
-    match = _PYTHON.fullmatch(stated)
-    if match is None or int(match[1]) < _OLDEST_MINOR:
-        raise UserError(f"the option python must be a version from 3.{_OLDEST_MINOR} on, not {stated!r}")
-    return stated

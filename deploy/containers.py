@@ -12,6 +12,7 @@ from deploy.own_wheel import own_wheel
 from deploy.platforms import marker_environment
 from deploy.render import MODEL_FOLDER, File, artifact_path, question, text_file
 from deploy.requirements import pinned
+from deploy.sizing import SHARED_BYTES
 from deploy.wheelhouse import requirement_lines
 
 PYTHON_TAG = "3.12.12-slim-bookworm"
@@ -40,12 +41,6 @@ _HEALTH = (
     "import urllib.request as r; "
     f"r.build_opener(r.ProxyHandler({{}})).open('http://127.0.0.1:{PORT}/health', timeout=4)"
 )
-
-_SERVE_THREADS = 1
-"""What the front takes besides the engine's threads; without it the engine's own threads would be slowed."""
-
-_CHECK_MIB = 32
-"""The Python of a health check or of ``ask.py``, which count as the container's memory: 19 MiB resident."""
 
 _PATH_PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _HOST = (
@@ -82,37 +77,20 @@ def ask_command(facts: Facts, key_file: str) -> list[str]:
     return [python_of(facts), f"{_HOME}/ask.py", "What is 7 x 8?", key_file]
 
 
-def num_cpus(facts: Facts) -> int | None:
-    """Return the cores to grant: the engine's threads and one for the front; None where nothing is known."""
-    threads = facts.sizing.num_threads
-    return None if threads is None else threads + _SERVE_THREADS
-
-
 def shared_mib(facts: Facts) -> int:
-    """Return the MiB of ``/dev/shm``, by which vLLM's processes pass tensors; they count as memory."""
-    return 1024 if is_gpu(facts) else 0
+    """Return the MiB of ``/dev/shm``."""
+    return SHARED_BYTES.get(facts.format, 0) // 2**20
 
 
 def memory_need_mib(facts: Facts) -> int:
-    """Return the MiB that a container needs: its server's, and what runs beside it there."""
-    return math.ceil(facts.sizing.memory_bytes / 2**20) + _beside_mib(facts)
-
-
-def _beside_mib(facts: Facts) -> int:
-    return shared_mib(facts) + _CHECK_MIB
-
-
-def memory_limit_mib(facts: Facts) -> int | None:
-    """Return the MiB to grant; None where no number is known: what vLLM plans is for a CPU, without CUDA."""
-    if is_gpu(facts) and facts.sizing.source != "measured":
-        return None
-    return facts.sizing.memory_limit_mib + _beside_mib(facts)
+    """Return the MiB that a container needs."""
+    return math.ceil(facts.sizing.memory_bytes / 2**20)
 
 
 def memory_text(facts: Facts) -> str:
     """Say what memory is needed and granted."""
     need = memory_need_mib(facts)
-    limit = memory_limit_mib(facts)
+    limit = facts.memory_limit_mib
     if limit is None:
         return f"{need:,} MiB of memory asked for, without a limit: give --results of a benchmark for one"
     return f"{need:,} MiB of memory needed ({facts.sizing.source}), {limit:,} MiB granted"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 DATASOURCE_UID = "prometheus"
+
+_MATCH = "{}"
+"""Stands behind every metric, for the labels of what the dashboard is about."""
 
 QUEUE_METRICS: Mapping[str, str] = {
     "llamacpp": "llamacpp:requests_deferred",
@@ -35,11 +39,11 @@ class Panel:
 
 
 def _sum(metric: str) -> str:
-    return f"sum by (instance) ({metric})"
+    return f"sum by (instance) ({metric}{_MATCH})"
 
 
 def _per_second(metric: str) -> str:
-    return _sum(f"rate({metric}[$__rate_interval])")
+    return f"sum by (instance) (rate({metric}{_MATCH}[$__rate_interval]))"
 
 
 def _tokens(prompt: str, generated: str) -> Panel:
@@ -71,7 +75,7 @@ def _quantiles(title: str, histogram: str) -> Panel:
         tuple(
             Query(
                 f"histogram_quantile({share}, sum by (instance, le) "
-                f"(rate({histogram}_bucket[$__rate_interval])))",
+                f"(rate({histogram}_bucket{_MATCH}[$__rate_interval])))",
                 f"{{{{instance}}}} {name}",
             )
             for share, name in ((0.5, "median"), (0.95, "95 %"))
@@ -86,7 +90,7 @@ FRONT: tuple[Panel, ...] = (
         "reqps",
         (
             Query(
-                "sum by (instance, status) (rate(cusprun_requests_total[$__rate_interval]))",
+                f"sum by (instance, status) (rate(cusprun_requests_total{_MATCH}[$__rate_interval]))",
                 "{{instance}} {{status}}",
             ),
         ),
@@ -135,22 +139,35 @@ ENGINES: Mapping[str, tuple[Panel, ...]] = {
 _WIDTH, _HEIGHT, _COLUMNS = 12, 8, 2
 
 
-def panels(engine: str) -> tuple[Panel, ...]:
-    """Return the panels for an engine."""
-    return FRONT + ENGINES[engine]
+def of_pods(namespace: str, name: str) -> str:
+    """Return the labels, in PromQL, of the pods that a deployment (or KServe's) called ``name`` makes."""
+    return f'{{namespace="{namespace}", pod=~"{name}-(predictor-)?[a-z0-9]+-[a-z0-9]+"}}'
 
 
-def json_bytes(engine: str, model: str) -> bytes:
-    """Return the dashboard as Grafana reads it."""
+def panels(engine: str, match: str = "") -> tuple[Panel, ...]:
+    """Return the panels for an engine, about series with the labels ``match``, ``{...}`` or all."""
+    return tuple(
+        replace(
+            panel,
+            queries=tuple(
+                replace(query, expression=query.expression.replace(_MATCH, match)) for query in panel.queries
+            ),
+        )
+        for panel in FRONT + ENGINES[engine]
+    )
+
+
+def json_bytes(engine: str, model: str, place: str, match: str = "") -> bytes:
+    """Return the dashboard as Grafana reads it; each ``place`` has one of its own in a Grafana."""
     plain = {
-        "uid": "cusprun",
+        "uid": f"cusprun-{hashlib.sha256(place.encode()).hexdigest()[:16]}",
         "title": f"cusprun: {model}",
         "tags": ["cusprun"],
         "schemaVersion": 39,
         "editable": True,
         "refresh": "5s",
         "time": {"from": "now-30m", "to": "now"},
-        "panels": [_plain(panel, number) for number, panel in enumerate(panels(engine))],
+        "panels": [_plain(panel, number) for number, panel in enumerate(panels(engine, match))],
     }
     return (json.dumps(plain, indent=2, ensure_ascii=False) + "\n").encode()
 

@@ -20,9 +20,7 @@ from deploy.containers import (
     image_files,
     is_gpu,
     literal,
-    memory_limit_mib,
     memory_text,
-    num_cpus,
     serve_arguments,
     whole_number,
 )
@@ -47,6 +45,8 @@ Options = Mapping[str, str | None]
 def check(facts: Facts, options: Options) -> None:
     """Raise ``UserError`` for options that cannot be."""
     check_image(_image(facts, options))
+    if facts.original is not None:
+        check_image(_original_image(facts, options))
     port = whole_number("port", options["port"], 1, _MAX_PORT)
     if {port, port + 1} & _MONITORING_PORTS:
         raise UserError(f"port={port} meets Prometheus' 9090 or Grafana's 3000; choose another")
@@ -98,6 +98,11 @@ def _image(facts: Facts, options: Options) -> str:
     return options["image"] or f"{facts.name}:{_tag(facts.cusprun_version)}"
 
 
+def _original_image(facts: Facts, options: Options) -> str:
+    """Return a name of its own: where two services build one name at once, the second finds it taken."""
+    return f"{_image(facts, options)}-original"
+
+
 def _tag(version: str) -> str:
     """Return a version as a tag, which may not hold the ``+`` of a local version."""
     return version.replace("+", "-")
@@ -118,7 +123,7 @@ def _sides(facts: Facts, options: Options, gpus: int) -> list[dict[str, object]]
     if facts.original is not None:
         beside = {
             "side": "original",
-            "image": f"{image}-runtime" if model == BAKED else image,
+            "image": _original_image(facts, options),
             "target": "runtime",
             "folder": _ORIGINAL_FOLDER,
         }
@@ -128,8 +133,7 @@ def _sides(facts: Facts, options: Options, gpus: int) -> list[dict[str, object]]
 
 def _load(facts: Facts, gpus: int) -> dict[str, object]:
     return {
-        "memory_mib": memory_limit_mib(facts),
-        "cpus": num_cpus(facts),
+        "memory_mib": facts.memory_limit_mib,
         "words": [literal(word) for word in serve_arguments(facts, _KEY_FILE, gpus)],
     }
 
@@ -151,4 +155,4 @@ def _monitoring(targets: list[str], facts: Facts) -> Iterator[File]:
         datasource_uid=dashboard.DATASOURCE_UID,
     )
     yield text_file("monitoring/dashboards.yaml", "monitoring/dashboards.yaml.j2")
-    yield File("monitoring/dashboard.json", dashboard.json_bytes(facts.engine, facts.model))
+    yield File("monitoring/dashboard.json", dashboard.json_bytes(facts.engine, facts.model, facts.name))

@@ -72,6 +72,12 @@ class Facts:
     sampling: Mapping[str, float] = field(default_factory=dict)
     original: Facts | None = None
 
+    @property
+    def memory_limit_mib(self) -> int | None:
+        """The MiB to grant; None where no number is known: what vLLM plans was measured without a GPU."""
+        is_known = self.format != "vllm" or self.sizing.source == "measured"
+        return self.sizing.memory_limit_mib if is_known else None
+
 
 @dataclass(frozen=True)
 class Option:
@@ -87,6 +93,8 @@ class Option:
 class Target:
     """Where an artifact can be put: its module, the formats it serves, and its options.
 
+    ``beside_bytes`` is what counts there as the server's memory besides its own, by format.
+
     The module has ``check(facts, options)``, which refuses early what cannot be, and ``files(facts,
     options)``, which yields ``deploy.render.File``; both take every option of the target, as text or None.
     """
@@ -95,3 +103,4 @@ class Target:
     module: str
     formats: frozenset[str]
     options: tuple[Option, ...] = ()
+    beside_bytes: Mapping[str, int] = field(default_factory=dict)

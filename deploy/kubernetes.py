@@ -22,10 +22,8 @@ from deploy.containers import (
     image_files,
     is_gpu,
     literal,
-    memory_limit_mib,
     memory_need_mib,
     memory_text,
-    num_cpus,
     python_of,
     serve_arguments,
     shared_mib,
@@ -83,7 +81,9 @@ def files(facts: Facts, options: Options) -> Iterator[File]:
     yield text_file("namespace.yaml", "kubernetes/namespace.yaml.j2", **values)
     yield from _folder("base", _BASE, values)
     yield from _folder("monitoring", ("podmonitor.yaml",), values, has_dashboard=True)
-    yield File("monitoring/dashboard.json", dashboard.json_bytes(facts.engine, facts.model))
+    place = f"{values['namespace']}/{facts.name}"
+    match = dashboard.of_pods(values["namespace"], facts.name)
+    yield File("monitoring/dashboard.json", dashboard.json_bytes(facts.engine, facts.model, place, match))
     if is_gpu(facts):
         own = {"serving.kserve.io/inferenceservice": facts.name}
         yield from _folder("kserve", _KSERVE, {**values, "selected": own, "is_kserve": True})
@@ -143,10 +143,10 @@ def _values(facts: Facts, options: Options) -> dict[str, Any]:
         "user_id": USER_ID,
         "stop_s": STOP_S,
         "start_s": start_s(facts),
-        "cpus": num_cpus(facts),
+        "threads": sizing.num_threads,
         "gpus": gpus,
         "request_mib": memory_need_mib(facts),
-        "limit_mib": memory_limit_mib(facts),
+        "limit_mib": facts.memory_limit_mib,
         "shm_mib": shared_mib(facts),
         "artifact_name": facts.artifact_name,
         "model_digest": _digest(facts),

@@ -69,7 +69,7 @@ def files(facts: Facts, options: Mapping[str, str | None]) -> Iterator[File]:
     file_name = f"{facts.name}.gguf"
     parameters = [("num_ctx", str(facts.sizing.context_tokens))]
     parameters += [
-        (name, f"{facts.sampling[key]:g}") for key, name in _PARAMETERS.items() if key in facts.sampling
+        (name, _number(facts.sampling[key])) for key, name in _PARAMETERS.items() if key in facts.sampling
     ]
     parameters += [("stop", fenced(stop, "stop text")) for stop in facts.stop_strings]
     yield text_file(
@@ -83,6 +83,11 @@ def files(facts: Facts, options: Mapping[str, str | None]) -> Iterator[File]:
     )
     yield text_file("README.md", "ollama/README.md.j2", facts=facts, trims=trims(facts))
     yield File(file_name, Path(facts.artifact_name))
+
+
+def _number(value: float) -> str:
+    """Return a number as Ollama reads one; a whole one has no exponent."""
+    return str(int(value)) if value.is_integer() else f"{value:g}"
 
 
 def chat_template(facts: Facts) -> str:

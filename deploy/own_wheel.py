@@ -17,7 +17,11 @@ PACKAGES = ("cusprun", "deploy", "exporters", "serve")
 _DATE = (1980, 1, 1, 0, 0, 0)
 _LEFT_OUT = "__pycache__"
 _WHEEL = "Wheel-Version: 1.0\nGenerator: cusprun\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-_CARRIED = {"METADATA": ("METADATA", "PKG-INFO"), "entry_points.txt": ("entry_points.txt",)}
+_CARRIED = {
+    "METADATA": ("METADATA", "PKG-INFO"),
+    "entry_points.txt": ("entry_points.txt",),
+    "licenses/LICENSE": ("licenses/LICENSE", "../LICENSE"),
+}
 """What goes into the wheel, and what an installation calls it: an editable one leaves an ``egg-info`` with
 ``PKG-INFO`` in the checkout, which is found first from there."""
 
@@ -60,8 +64,10 @@ def _sources() -> Iterator[tuple[str, bytes]]:
         assert spec.origin is not None
         root = Path(spec.origin).parent
         for path in sorted(root.rglob("*")):
-            if path.is_file() and _LEFT_OUT not in path.parts:
-                yield f"{package}/{path.relative_to(root).as_posix()}", path.read_bytes()
+            parts = path.relative_to(root).parts
+            is_ours = not any(part == _LEFT_OUT or part.startswith(".") for part in parts)
+            if path.is_file() and is_ours:
+                yield "/".join([package, *parts]), path.read_bytes()
 
 
 def _digest(data: bytes) -> str:

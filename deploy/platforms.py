@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import platform
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from cusprun.errors import UserError
+
+_PYTHON = re.compile(r"3\.(\d{1,2})", re.ASCII)
+_OLDEST_MINOR = 10
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,20 @@ def this_platform() -> str | None:
         ),
         None,
     )
+
+
+def python_there(stated: str | None) -> str:
+    """Return the Python ``major.minor`` of the other machine, this one's where none is stated.
+
+    Raises:
+        UserError: it is no version that cusprun runs on.
+    """
+    if stated is None:
+        return f"{sys.version_info.major}.{sys.version_info.minor}"
+    match = _PYTHON.fullmatch(stated)
+    if match is None or int(match[1]) < _OLDEST_MINOR:
+        raise UserError(f"the option python must be a version from 3.{_OLDEST_MINOR} on, not {stated!r}")
+    return stated
 
 
 def marker_environment(name: str, python_version: str) -> dict[str, str]:

@@ -10,6 +10,18 @@ from cusprun.errors import MissingDependencyError
 UNUSED: Mapping[str, frozenset[str]] = {"tokenizers": frozenset({"huggingface-hub"})}
 """What a package asks for and serving never imports: the hub's client would bring ten more."""
 
+ENGINE_MODULES: Mapping[str, str] = {"llamacpp": "xllamacpp", "onnx": "onnxruntime_genai"}
+"""What is imported to find out whether an engine's wheel works on a machine."""
+
+_VISUAL_C = "Microsoft's Visual C++ Redistributable (x64) of 2015 or later"
+LIBRARIES: Mapping[tuple[str, str], str] = {
+    ("linux", "llamacpp"): "the libraries of OpenMP and C++ (Debian's packages libgomp1 and libstdc++6)",
+    ("linux", "onnx"): "the library of C++ (Debian's package libstdc++6)",
+    ("win32", "llamacpp"): _VISUAL_C,
+    ("win32", "onnx"): _VISUAL_C,
+}
+"""What the wheels of an engine take from a system (``sys.platform``) that it may lack. macOS has it all."""
+
 ABSENT_HERE: Mapping[str, str] = {
     "async-timeout": "5.0.1",
     "colorama": "0.4.6",
@@ -30,12 +42,14 @@ def pinned(names: Iterable[str], environment: Mapping[str, str]) -> dict[str, st
     from packaging.utils import canonicalize_name
 
     found: dict[str, str] = {}
+    seen: set[tuple[str, frozenset[str]]] = set()
     wanted = [(Requirement(name), "cusprun") for name in names]
     while wanted:
         requirement, asker = wanted.pop()
         name = str(canonicalize_name(requirement.name))
-        if name in found:
+        if (name, frozenset(requirement.extras)) in seen:
             continue
+        seen.add((name, frozenset(requirement.extras)))
         try:
             found[name] = metadata.version(name)
             needs = metadata.requires(name) or []

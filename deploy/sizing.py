@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from cusprun.errors import UserError
 from deploy.facts import Sizing
@@ -11,6 +12,17 @@ DEFAULT_CONTEXT_TOKENS = 4096
 DEFAULT_PARALLEL = 4
 MIN_CONTEXT_TOKENS = 512
 """The shortest context worth serving: a question and an answer."""
+
+SHARED_BYTES: Mapping[str, int] = {"vllm": 2**30}
+"""``/dev/shm`` of a container, by format: vLLM's processes pass tensors by it, and it counts as memory."""
+
+_CHECK_BYTES = 32 * 2**20
+"""The Python of a health check or of ``ask.py``, which count as the container's memory: 19 MiB resident."""
+
+IN_A_CONTAINER: Mapping[str, int] = {
+    name: _CHECK_BYTES + SHARED_BYTES.get(name, 0) for name in ("gguf", "onnx", "vllm")
+}
+"""What counts as the memory of a server in a container besides its own, by format."""
 
 _STEP_TOKENS = 256  # llama.cpp rounds the cells of its cache up to this
 _HEADROOM = 1.1  # of the need: allocators and page tables, and what one machine's plan misses on another

@@ -6,30 +6,38 @@ dependencies, which serving never imports (see ``deploy.bundle``); vLLM has an e
 
 from __future__ import annotations
 
+import ipaddress
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cusprun.errors import UserError
 from deploy.facts import Facts
 from deploy.own_wheel import own_wheel
-from deploy.platforms import marker_environment, this_platform
+from deploy.platforms import marker_environment, python_there, this_platform
 from deploy.render import File, artifact_files, artifact_path, question, text_file
-from deploy.requirements import pinned
+from deploy.requirements import ENGINE_MODULES, LIBRARIES, pinned
 from deploy.wheelhouse import requirement_lines
 
 _PREFIX = re.compile(r"(/[A-Za-z0-9._-]+)+")
+_HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp", "/dev", "/proc", "/sys")
+"""What the unit's sandbox replaces: ProtectHome, PrivateTmp and the kernel's own."""
+
 _TASKS_PER_THREAD = 4
-_FEWEST_TASKS = 512  # two processes, and the pools of threads of their libraries on a machine of many cores
+_FEWEST_TASKS = {True: 4096, False: 512}
+"""Two processes, and the pools of threads of their libraries on a machine of many cores; vLLM compiles with
+as many processes as there are cores."""
+
 _MAX_PORT = 65535
 
 
 def check(facts: Facts, options: Mapping[str, str | None]) -> None:
-    """Raise ``UserError`` for a place, an address or a port that cannot be."""
-    prefix_of(facts, options)
+    """Raise ``UserError`` for a place, an address, a port or a Python that cannot be."""
+    vllm = _plain_path(options.get("vllm") or "", "vllm")
+    for option, path in (("prefix", prefix_of(facts, options)), ("vllm", vllm)):
+        _refuse_hidden(path, option)
     _port(options)
-    _plain_path(options.get("vllm") or "", "vllm")
+    python_there(options.get("python"))
     host = options.get("host") or ""
     if not re.fullmatch(r"[A-Za-z0-9.:-]+", host):
         raise UserError(f"the option host must be an address or a name, not {host!r}")
@@ -39,31 +47,46 @@ def check(facts: Facts, options: Mapping[str, str | None]) -> None:
 
 def files(facts: Facts, options: Mapping[str, str | None]) -> Iterator[File]:
     """Yield unit, environment file, installer, cusprun's wheel, the model and the README."""
-    prefix = prefix_of(facts, options)
-    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    python = python_there(options.get("python"))
     versions = pinned(facts.versions, marker_environment(this_platform() or "linux-x86_64", python))
     wheel_name, wheel = own_wheel()
-    route, body = question(facts)
-    values: dict[str, Any] = {
-        "facts": facts,
-        "prefix": prefix,
-        "artifact": f"{prefix}/{artifact_path(facts)}",
-        "host": options.get("host"),
-        "port": _port(options),
-        "vllm": options.get("vllm"),
-        "tasks": max(_FEWEST_TASKS, _TASKS_PER_THREAD * (facts.sizing.num_threads or 0)),
-        "wheel": wheel_name,
-        "route": route,
-        "body": body,
-        "python": python,
-    }
+    values = {**_values(facts, options), "python": python, "wheel": wheel_name}
     yield text_file(f"{facts.name}.service", "systemd/unit.service.j2", **values)
     yield text_file(f"{facts.name}.env", "systemd/unit.env.j2", **values)
     yield text_file("install.sh", "systemd/install.sh.j2", executable=True, **values)
+    yield text_file("wait.py", "systemd/wait.py.j2", **values)
     yield text_file("README.md", "systemd/README.md.j2", **values)
     yield File("requirements.txt", requirement_lines(versions).encode())
     yield File(wheel_name, wheel)
     yield from artifact_files(facts)
+
+
+def _values(facts: Facts, options: Mapping[str, str | None]) -> dict[str, Any]:
+    prefix, host = prefix_of(facts, options), str(options.get("host"))
+    route, body = question(facts)
+    env = f"{prefix}/{facts.name}.env"
+    is_open = not _is_loopback(host)
+    key = f' -H "Authorization: Bearer $(sudo sed -n s/^CUSPRUN_API_KEY=//p {env})"'
+    return {
+        "facts": facts,
+        "prefix": prefix,
+        "artifact": f"{prefix}/{artifact_path(facts)}",
+        "host": host,
+        "is_loopback": not is_open,
+        "port": _port(options),
+        "url": f"http://{f'[{host}]' if ':' in host else host}:{_port(options)}",
+        "key_header": key if is_open else "",
+        "vllm": options.get("vllm"),
+        "is_gpu": facts.engine == "vllm",
+        "limit_mib": facts.memory_limit_mib,
+        "tasks": max(
+            _FEWEST_TASKS[facts.engine == "vllm"], _TASKS_PER_THREAD * (facts.sizing.num_threads or 0)
+        ),
+        "module": ENGINE_MODULES.get(facts.engine),
+        "libraries": LIBRARIES.get(("linux", facts.engine), ""),
+        "route": route,
+        "body": body,
+    }
 
 
 def prefix_of(facts: Facts, options: Mapping[str, str | None]) -> str:
@@ -77,6 +100,22 @@ def _plain_path(path: str, option: str) -> str:
             f"the option {option} must be an absolute path of letters, digits, dots, hyphens, not {path!r}"
         )
     return path
+
+
+def _refuse_hidden(path: str, option: str) -> None:
+    hidden = next((folder for folder in _HIDDEN if f"{path}/".startswith(f"{folder}/")), None)
+    if hidden is not None:
+        raise UserError(
+            f"the service sees nothing below {hidden}; choose another {option} than {path}, such as one "
+            "below /opt or /srv"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _port(options: Mapping[str, str | None]) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 from cusprun.errors import UserError, require_known
 from deploy.facts import Option, Target
 from deploy.platforms import MACHINES
+from deploy.sizing import IN_A_CONTAINER
 
 _ALL = frozenset({"gguf", "onnx", "vllm"})
 _LIGHT = frozenset({"gguf", "onnx"})
@@ -46,9 +47,9 @@ _PORT = Option("port", "8000", "port to listen on")
 TARGETS: Mapping[str, Target] = {
     "bundle": Target("bundle", "deploy.bundle", _LIGHT, (_PLATFORM, _PYTHON)),
     "ollama": Target("ollama", "deploy.ollama", frozenset({"gguf"}), (_SYSTEM,)),
-    "docker": Target("docker", "deploy.docker", _ALL, _DOCKER),
-    "kubernetes": Target("kubernetes", "deploy.kubernetes", _ALL, _KUBERNETES),
-    "systemd": Target("systemd", "deploy.systemd", _ALL, (_PREFIX, _HOST, _PORT, _VLLM)),
+    "docker": Target("docker", "deploy.docker", _ALL, _DOCKER, IN_A_CONTAINER),
+    "kubernetes": Target("kubernetes", "deploy.kubernetes", _ALL, _KUBERNETES, IN_A_CONTAINER),
+    "systemd": Target("systemd", "deploy.systemd", _ALL, (_PREFIX, _HOST, _PORT, _VLLM, _PYTHON)),
 }
 
 

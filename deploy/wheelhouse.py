@@ -11,6 +11,8 @@ from cusprun.errors import MissingDependencyError, UserError
 from deploy.platforms import MACHINES
 
 _TIMEOUT_S = 1800.0
+_NO_INDEX = "after connection broken by"
+"""What pip says when it tries again to reach an index."""
 
 
 def requirement_lines(versions: Mapping[str, str]) -> str:
@@ -35,11 +37,22 @@ def fetch(versions: Mapping[str, str], platform: str, python_version: str, folde
         *(word for tag in machine.tags for word in ("--platform", tag)),
         "--dest", str(wheels), "--requirement", str(wanted),
     ]  # fmt: skip
-    done = subprocess.run(
-        command, capture_output=True, text=True, errors="replace", check=False, timeout=_TIMEOUT_S
-    )
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", check=False, timeout=_TIMEOUT_S
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"the wheels for {platform} were not fetched within {_TIMEOUT_S:.0f} s; try again later"
+        ) from None
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        broken = next((line for line in lines if _NO_INDEX in line), None)
+        if broken is not None:
+            raise UserError(
+                f"the package index cannot be reached ({broken.removeprefix('WARNING: '):.300}); check the "
+                "network and pip's settings"
+            )
         reason = lines[-1].removeprefix("ERROR: ") if lines else f"exit code {done.returncode}"
         if "No module named pip" in reason:
             raise MissingDependencyError("pip is not installed here; run: python -m ensurepip")

@@ -27,7 +27,8 @@ def make_gguf(
     path: Path,
     template: str | None = CHATML,
     license_: str | None = "apache-2.0",
-    keys: Mapping[str, str] | None = None,
+    keys: Mapping[str, str | float] | None = None,
+    adds_bos: bool | None = True,
 ) -> Path:
     """Write a GGUF file of a llama with random weights and a tokenizer of 32 tokens; ``keys`` are added."""
     writer = gguf.GGUFWriter(path, "llama")
@@ -43,13 +44,14 @@ def make_gguf(
     writer.add_token_list(list(TOKENS))
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
-    writer.add_add_bos_token(True)
+    if adds_bos is not None:
+        writer.add_add_bos_token(adds_bos)
     if template is not None:
         writer.add_chat_template(template)
     if license_ is not None:
         writer.add_license(license_)
-    for key, text in (keys or {}).items():
-        writer.add_string(key, text)
+    for key, value in (keys or {}).items():
+        (writer.add_string if isinstance(value, str) else writer.add_float32)(key, value)  # type: ignore[operator]
     generator = np.random.default_rng(0)
     writer.add_tensor(
         "token_embd.weight", generator.standard_normal((len(TOKENS), HIDDEN)).astype(np.float32)

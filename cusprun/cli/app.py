@@ -11,12 +11,13 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Annotated, Any, NoReturn
 
 import typer
 
 from cusprun.cli import artifacts, bench, curves, deploy, experts, models, recipes, report, serving
-from cusprun.cli.console import quieten
+from cusprun.cli.console import quieten, show_error
 from cusprun.cli.shared import Ended, SharedProcess
 from cusprun.errors import CusprunError
 
@@ -58,6 +59,9 @@ def _root(
     _debug: Annotated[
         bool, typer.Option("--debug", help="Show tracebacks and the chatter of libraries.")
     ] = False,
+    _log_json: Annotated[
+        bool, typer.Option("--log-json", help="Write progress and messages as lines of JSON.")
+    ] = False,
 ) -> None:
     """Turn a general language model into a smaller expert for one language, domain and task.
 
@@ -87,17 +91,22 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def run(arguments: Sequence[str], process: SharedProcess | None = None) -> int:
     """Run the command line, in ``process`` if there is one; returns the exit code."""
     debug = _is_debugged(arguments)
-    quieten(debug)
+    quieten(debug, "--log-json" in _general(arguments))
     own = process or SharedProcess(os.environ)
     with _terminated_gently():
         ended = own.end(_run(arguments, debug, own))
         if ended.text:
-            print(f"error: {ended.text}", file=sys.stderr)  # noqa: T201
+            show_error(ended.text, ended.exit_code)
         return ended.exit_code
 
 
 def _is_debugged(arguments: Sequence[str]) -> bool:
-    return os.environ.get(_DEBUG_VARIABLE, "") not in ("", "0") or "--debug" in arguments[:1]
+    return os.environ.get(_DEBUG_VARIABLE, "") not in ("", "0") or "--debug" in _general(arguments)
+
+
+def _general(arguments: Sequence[str]) -> list[str]:
+    """Return the options before the command's name."""
+    return [*takewhile(lambda word: word.startswith("-"), arguments)]
 
 
 def _run(arguments: Sequence[str], debug: bool, process: SharedProcess) -> Ended:

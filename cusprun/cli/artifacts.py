@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cusprun.cli.console import ConsoleProgress, stdout
+from cusprun.cli.console import shown_progress, stdout
 from cusprun.cli.options import DeviceName, OptionalExpertFile
 from cusprun.walk.device import DEFAULT_DEVICE
 
@@ -75,7 +75,7 @@ def export(
         verify=prove,
         expert=expert,
         device=device,
-        progress=ConsoleProgress(),
+        progress=shown_progress(),
     )
     typer.echo(f"wrote {path}")
     if prove:
@@ -99,4 +99,4 @@ def verify(
     from cusprun.cli.tables import parity_table
     from cusprun.pipeline.proof import verify as run
 
-    stdout().print(parity_table(run(folder, artifacts, expert=expert, progress=ConsoleProgress())))
+    stdout().print(parity_table(run(folder, artifacts, expert=expert, progress=shown_progress())))

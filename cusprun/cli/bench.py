@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cusprun.cli import load_test as load
-from cusprun.cli.console import ConsoleProgress, stdout
+from cusprun.cli.console import shown_progress, stdout
 from cusprun.cli.options import JsonFile, parse_counts, refuse_existing_json, split_list, write_json
 from cusprun.errors import MeasurementError, UserError
 
@@ -160,7 +160,7 @@ def _bench_models(prompt_tokens: str | None, json: Path | None, **given: Any) ->
         runtimes=split_list(given["runtime"]) or DEFAULT_RUNTIMES,
         quants=parse_quants(split_list(given["quant"])),
         options=options,
-        progress=ConsoleProgress(),
+        progress=shown_progress(),
     )
     write_json(report, json)
     console = stdout()
@@ -174,7 +174,11 @@ def _or(value: Any, default: Any) -> Any:
 
 
 def require_all_measured(report: BenchReport) -> None:
-    """Raise ``MeasurementError`` when a runtime could not be measured; the tables have said why."""
-    failed = ", ".join(suite.runtime for suite in report.suites if suite.failure is not None)
+    """Raise ``MeasurementError`` when a runtime was not measured to the end; the tables have said why."""
+    kinds = {
+        "not measured": [suite.runtime for suite in report.suites if suite.failure is not None],
+        "not measured to the end": [suite.runtime for suite in report.suites if suite.given_up],
+    }
+    failed = "; ".join(f"{words}: {', '.join(names)}" for words, names in kinds.items() if names)
     if failed:
-        raise MeasurementError(f"not measured: {failed}; the notes say why")
+        raise MeasurementError(f"{failed}; the notes say why")

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from cusprun.progress import Advance
+from cusprun.cli.json_lines import JsonHandler, JsonProgress, is_chosen, write_event
+from cusprun.progress import Advance, Progress
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,12 +44,13 @@ def stderr() -> Console:
     return Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
-def quieten(debug: bool) -> None:
+def quieten(debug: bool, log_json: bool = False) -> None:
     """Silence the chatter of the libraries below (not with ``debug``) and show our own messages.
 
-    The environment is what reaches libraries that are not imported yet; values the user set are kept.
+    With ``log_json`` these are lines of JSON, and so is what :func:`shown_progress` shows. The environment is
+    what reaches libraries that are not imported yet; values the user set are kept.
     """
-    handler = logging.StreamHandler(sys.stderr)
+    handler: logging.Handler = JsonHandler() if log_json else logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     for name in ("cusprun", "exporters", "serve"):
         logger = logging.getLogger(name)
@@ -68,6 +70,19 @@ def quieten(debug: bool) -> None:
         os.environ.setdefault(name, value)
     warnings.simplefilter("ignore")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+def show_error(text: str, exit_code: int) -> None:
+    """Say why a command failed, the way that messages are shown."""
+    if is_chosen():
+        write_event("error", text=text, exit_code=exit_code)
+    else:
+        print(f"error: {text}", file=sys.stderr)  # noqa: T201
+
+
+def shown_progress() -> Progress:
+    """Return the listener that shows stages the way that messages are shown."""
+    return JsonProgress() if is_chosen() else ConsoleProgress()
 
 
 class ConsoleProgress:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cusprun.cli.console import ConsoleProgress, stdout
+from cusprun.cli.console import shown_progress, stdout
 from cusprun.cli.options import (
     DeviceName,
     ExpertFile,
     JsonFile,
+    Memory,
     Model,
     Refit,
     RefitTarget,
@@ -20,6 +21,7 @@ from cusprun.cli.options import (
     Targets,
     Units,
     Weights,
+    WorkDir,
     parse_weights,
     refuse_existing_json,
     refuse_same,
@@ -57,7 +59,7 @@ def overlap(
 
     refuse_existing_json(json)
     refuse_same(json, plot)
-    report = run(stores, ratio=ratio, rule=rule, plot=plot, progress=ConsoleProgress())
+    report = run(stores, ratio=ratio, rule=rule, plot=plot, progress=shown_progress())
     write_json(report, json)
     console = stdout()
     for table in overlap_tables(report):
@@ -100,6 +102,8 @@ def sweep(
     ] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep every expert and export in the folder.")] = False,
     device: DeviceName = DEFAULT_DEVICE,
+    memory: Memory = None,
+    workdir: WorkDir = None,
 ) -> None:
     """Show how quality falls with size, and with --export which sizes and precisions are worth their cost."""
     from cusprun.cli.tables import sweep_tables
@@ -123,7 +127,9 @@ def sweep(
         speed=options,
         keep=keep,
         device=device,
-        progress=ConsoleProgress(),
+        memory=memory,
+        workdir=workdir,
+        progress=shown_progress(),
     )
     console = stdout()
     for table in sweep_tables(report):

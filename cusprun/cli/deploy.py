@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cusprun.cli.console import ConsoleProgress
+from cusprun.cli.console import shown_progress
 from cusprun.cli.options import parse_size
 
 
@@ -81,6 +81,6 @@ def deploy(
         platform=platform,
         results=results,
         options=parse_options(option or ()),
-        progress=ConsoleProgress(),
+        progress=shown_progress(),
     )
     typer.echo(f"wrote {path}: {path / 'README.md'} says how to start it")

@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
-from cusprun.cli.console import ConsoleProgress, stdout
+from cusprun.cli.console import shown_progress, stdout
+from cusprun.cli.estimates import refuse_several, refuse_unknowable, show_estimate
 from cusprun.cli.options import (
     DeviceName,
     ExpertFile,
     JsonFile,
+    Memory,
     Model,
     Ratio,
     Refit,
@@ -22,6 +24,7 @@ from cusprun.cli.options import (
     Targets,
     Units,
     Weights,
+    WorkDir,
     parse_count,
     parse_share,
     parse_size,
@@ -31,6 +34,7 @@ from cusprun.cli.options import (
     write_json,
 )
 from cusprun.cli.shared import ranks_of
+from cusprun.errors import UserError
 from cusprun.walk.device import DEFAULT_DEVICE
 
 ScorePaths = Annotated[
@@ -61,6 +65,8 @@ def score(
         str, typer.Option(help="unit (FFN channels, heads, blocks) or neuron (rows and columns).")
     ] = "unit",
     device: DeviceName = DEFAULT_DEVICE,
+    memory: Memory = None,
+    workdir: WorkDir = None,
 ) -> None:
     """Score every unit of a model, or every single neuron, on an expert's documents."""
     from cusprun.pipeline.stages import score as run
@@ -71,8 +77,10 @@ def score(
         out,
         granularity=granularity,
         device=device,
+        memory=memory,
+        workdir=workdir,
         ranks=ranks_of(context),
-        progress=ConsoleProgress(),
+        progress=shown_progress(),
     )
     typer.echo(f"wrote {made}")
 
@@ -105,7 +113,7 @@ def plan(
         units=split_list(units),
         rule=rule,
         out=out,
-        progress=ConsoleProgress(),
+        progress=shown_progress(),
     )
     console = stdout()
     for table in plan_tables(made):
@@ -118,7 +126,7 @@ def prune(
     context: typer.Context,
     model: Model,
     expert: ExpertFile,
-    out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="Folder to write.", show_default=False)] = None,
     ratio: Ratio = None,
     target_params: TargetParams = None,
     target_bytes: TargetBytes = None,
@@ -149,12 +157,52 @@ def prune(
         str | None, typer.Option(help="Most bytes in one weight file, like 2GB.", show_default=False)
     ] = None,
     device: DeviceName = DEFAULT_DEVICE,
+    memory: Memory = None,
+    workdir: WorkDir = None,
+    estimate: Annotated[
+        bool,
+        typer.Option("--estimate", help="Say what it will take of time, memory and disk; write nothing."),
+    ] = False,
+    json: JsonFile = None,
 ) -> None:
     """Write the smaller model that an expert needs; scores and plans itself unless given both."""
     from cusprun.cli.tables import manifest_tables, neuron_tables
     from cusprun.pipeline.stages import prune as run
     from cusprun.records import Manifest
 
+    if estimate:
+        refuse_several(ranks_of(context))
+        refuse_unknowable(
+            {
+                "--target-bytes": target_bytes,
+                "--max-loss": max_loss,
+                "--scores": scores,
+                "--plan": plan_file,
+                "--shard-size": shard_size,
+                "--granularity": None if granularity == "unit" else granularity,
+            }
+        )
+        show_estimate(
+            model,
+            expert,
+            json=json,
+            ratio=ratio,
+            target_params=parse_count(target_params),
+            rule=rule,
+            targets=split_list(targets),
+            units=split_list(units),
+            refit=refit,
+            dimension_weights=parse_weights(weight),
+            refit_target=refit_target,
+            device=device,
+            memory=memory,
+            workdir=workdir,
+        )
+        return
+    if out is None:
+        raise UserError("prune writes a folder; name it with --out")
+    if json is not None:
+        raise UserError("--json is for --estimate; what was pruned is told by cusprun.json in the folder")
     manifest = run(
         model,
         expert,
@@ -174,8 +222,10 @@ def prune(
         refit_target=refit_target,
         shard_bytes=parse_size(shard_size),
         device=device,
+        memory=memory,
+        workdir=workdir,
         ranks=ranks_of(context),
-        progress=ConsoleProgress(),
+        progress=shown_progress(),
     )
     console = stdout()
     shown = manifest_tables(manifest) if isinstance(manifest, Manifest) else neuron_tables(manifest)
@@ -198,6 +248,8 @@ def evaluate(
         int | None, typer.Option(help="Prompts that a task runs at one time. Default 8.", show_default=False)
     ] = None,
     device: DeviceName = DEFAULT_DEVICE,
+    memory: Memory = None,
+    workdir: WorkDir = None,
     json: JsonFile = None,
 ) -> None:
     """Measure perplexity on an expert's held-out documents and on general text, agreement, and tasks."""
@@ -205,7 +257,16 @@ def evaluate(
     from cusprun.pipeline.evaluation import evaluate as run
 
     refuse_existing_json(json)
-    report = run(models, expert, tasks, batch_size=batch_size, device=device, progress=ConsoleProgress())
+    report = run(
+        models,
+        expert,
+        tasks,
+        batch_size=batch_size,
+        device=device,
+        memory=memory,
+        workdir=workdir,
+        progress=shown_progress(),
+    )
     write_json(report, json)
     console = stdout()
     for table in quality_tables(report):

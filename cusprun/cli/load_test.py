@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cusprun.cli.console import ConsoleProgress, stdout
+from cusprun.cli.console import shown_progress, stdout
 from cusprun.cli.keys import KEY_VARIABLE, hide_keys
 from cusprun.cli.options import refuse_existing_json, split_list, write_json
 from cusprun.errors import MeasurementError, UserError
@@ -151,6 +151,10 @@ def run_load_test(
     if api_key is not None and key is not None:
         hide_keys((key,))
     refuse_existing_json(json)
+    if prompts is not None and prompt_tokens is not None:
+        raise UserError(
+            "--prompt-tokens is for prompts that are made, and --prompts gives some; leave one out"
+        )
     given: dict[str, Any] = {
         "concurrency": _numbers(concurrency, int, "concurrency"),
         "rates": _numbers(rate, float, "rate"),
@@ -170,7 +174,7 @@ def run_load_test(
     changes = {name: value for name, value in given.items() if value is not None}
     options = replace(LoadOptions(), **changes)
     report = load_test(
-        endpoints, options, ConsoleProgress(), api_key=key, prompts=prompts, tokenizer=tokenizer
+        endpoints, options, shown_progress(), api_key=key, prompts=prompts, tokenizer=tokenizer
     )
     write_json(report, json)
     _show(load_tables(report))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cusprun.cli.console import ConsoleProgress, stdout
+from cusprun.cli.console import shown_progress, stdout
 from cusprun.cli.options import JsonFlag, Model, print_json
 
 
@@ -28,7 +28,7 @@ def import_gguf(
     """Turn a GGUF file into a Hugging Face folder."""
     from cusprun.pipeline.models import import_gguf as run
 
-    out = run(file, folder, dtype=dtype, progress=ConsoleProgress())
+    out = run(file, folder, dtype=dtype, progress=shown_progress())
     typer.echo(f"wrote {out}")
 
 
@@ -37,7 +37,7 @@ def inspect(path: Model, json: JsonFlag = False) -> None:
     from cusprun.cli.tables import inspection_tables
     from cusprun.pipeline.models import inspect as run
 
-    found = run(path, progress=ConsoleProgress())
+    found = run(path, progress=shown_progress())
     if json:
         print_json(found)
         return
@@ -51,7 +51,7 @@ def doctor(json: JsonFlag = False) -> None:
     from cusprun.cli.tables import doctor_tables
     from cusprun.diagnosis import doctor as run
 
-    report = run(progress=ConsoleProgress())
+    report = run(progress=shown_progress())
     if json:
         print_json(report)
     else:

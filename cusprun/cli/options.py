@@ -95,6 +95,23 @@ DeviceName = Annotated[
         help="Where models run: cpu, cuda, cuda:N, or auto (CUDA where it works, else the CPU).",
     ),
 ]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        help="Memory that the work may take, like 4GB; batches and what lies in files are chosen to fit it.",
+        show_default=False,
+    ),
+]
+WorkDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--workdir",
+        metavar="DIR",
+        help="Folder for hidden states and unfinished work, from which the same command goes on after a "
+        "crash; the cache unless given.",
+        show_default=False,
+    ),
+]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", help="Also write the whole report to this file.", show_default=False)

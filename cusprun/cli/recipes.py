@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from cusprun.cli.console import ConsoleProgress, stdout
-from cusprun.cli.options import JsonFlag, print_json
+from cusprun.cli.console import shown_progress, stdout
+from cusprun.cli.options import JsonFlag, Memory, WorkDir, print_json
 
 
 def register(app: typer.Typer) -> None:
@@ -22,6 +22,8 @@ def run_recipe(
         str | None,
         typer.Option(help="Where models run, instead of the recipe's 'device'.", show_default=False),
     ] = None,
+    memory: Memory = None,
+    workdir: WorkDir = None,
     json: JsonFlag = False,
 ) -> None:
     """Run a recipe: from a model to a measured expert, with one table at the end."""
@@ -29,7 +31,7 @@ def run_recipe(
     from cusprun.cli.tables import row_table
     from cusprun.pipeline.run import run
 
-    report = run(recipe, device=device, progress=ConsoleProgress())
+    report = run(recipe, device=device, memory=memory, workdir=workdir, progress=shown_progress())
     if json:
         print_json(report)
     else:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cusprun.cli.console import ConsoleProgress
+from cusprun.cli.console import shown_progress
 
 
 def register(app: typer.Typer) -> None:
@@ -35,7 +35,7 @@ def report(
     from cusprun.pipeline.report import report as run
 
     try:
-        run(results, out, progress=ConsoleProgress())
+        run(results, out, progress=shown_progress())
     except MeasurementError:
         _tell(out)
         raise

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from cusprun.cli.console import ConsoleProgress
+from cusprun.cli.console import shown_progress
 from cusprun.cli.keys import KEY_VARIABLE, hide_keys
 from cusprun.errors import UserError
 
@@ -111,7 +111,7 @@ def serve(
     if before is None and after is None:
         if artifact is None:
             raise UserError("nothing to serve was named; give an artifact, or --before and --after")
-        run(artifact, options, engine=engine, draft=draft, ready=typer.echo, progress=ConsoleProgress())
+        run(artifact, options, engine=engine, draft=draft, ready=typer.echo, progress=shown_progress())
         return
     if before is None or after is None or draft is not None or name is not None:
         raise UserError("--before and --after go together, and without --draft and --name")
@@ -119,7 +119,7 @@ def serve(
         raise UserError(f"--before and --after name what is served; leave out {artifact!r}")
     # With both, the first of the engine's options stands where an artifact would.
     options = replace(options, engine_options=(*filter(None, [artifact]), *options.engine_options))
-    serve_side_by_side(before, after, options, engine=engine, ready=typer.echo, progress=ConsoleProgress())
+    serve_side_by_side(before, after, options, engine=engine, ready=typer.echo, progress=shown_progress())
 
 
 def _keys(given: str | None, file: Path | None) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from cusprun.cache import cache_folder, cached
 from cusprun.codec import json_bytes, key_of, load_json, to_plain
 from cusprun.errors import CorpusError, StoreError
+from cusprun.pipeline.workspaces import require_whole_model
 from cusprun.progress import SILENT, Progress
 from cusprun.records import Corpora, Document, Expert, TokenizedDocument
 from cusprun.version import __version__
@@ -53,6 +54,7 @@ def augmented(opened: OpenModel, expert: Expert, corpora: Corpora, progress: Pro
     if not prompts:
         return corpora
     _require_room(opened, expert, prompts)
+    require_whole_model(opened, "generating documents")
     rows = _generated(opened, expert, corpora, prompts, progress)
     tokenizer = load_tokenizer(opened.index.folder)
 

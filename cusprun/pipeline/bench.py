@@ -89,13 +89,22 @@ def parse_quants(texts: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def target_of(runtime: str, before: Path, after: Path, precision: str | None) -> Target:
-    """Return what the benchmark takes for two artifacts, with the work of a token where headers tell it."""
+def target_of(
+    runtime: str,
+    before: Path,
+    after: Path,
+    precision: str | None,
+    parameters: Mapping[str, int] | None = None,
+) -> Target:
+    """Return what the benchmark takes for two artifacts, with the work of a token where headers tell it.
+
+    ``parameters`` are by side, for runtimes that do not count them.
+    """
     from serve.bench.orchestrate import Target
 
     works = {"before": work_of(runtime, before), "after": work_of(runtime, after)}
     known = {side: work for side, work in works.items() if work is not None}
-    return Target(runtime, before, after, precision, known)
+    return Target(runtime, before, after, precision, known, parameters or {})
 
 
 def _chosen(runtimes: Sequence[str], quants: Mapping[str, str]) -> dict[str, Wanted]:
@@ -132,19 +141,30 @@ def _precision(chosen: Format, path: Path) -> str | None:
 
 
 def _target(runtime: str, wanted: Wanted, before: StrPath, after: StrPath, progress: Progress) -> Target:
-    measured = [_measurable(model, wanted, progress) for model in (before, after)]
-    (one, first), (other, second) = measured
-    precision = first if first == second else f"{first} before, {second} after"
-    return target_of(runtime, one, other, precision)
+    one, other = (_measurable(model, wanted, progress) for model in (before, after))
+    same = one.precision == other.precision
+    precision = one.precision if same else f"{one.precision} before, {other.precision} after"
+    counts = {"before": one.num_parameters, "after": other.num_parameters}
+    known = {side: count for side, count in counts.items() if count is not None}
+    return target_of(runtime, one.path, other.path, precision, known)
 
 
-def _measurable(model: StrPath, wanted: Wanted, progress: Progress) -> tuple[Path, str | None]:
-    """Return the artifact of a model that a runtime takes, and its precision."""
+@dataclass(frozen=True)
+class _Measurable:
+    """What a runtime takes; ``num_parameters`` None where it was not made from a folder here."""
+
+    path: Path
+    precision: str | None
+    num_parameters: int | None = None
+
+
+def _measurable(model: StrPath, wanted: Wanted, progress: Progress) -> _Measurable:
+    """Return the artifact of a model that a runtime takes."""
     from cusprun.checkpoint.index import model_hash, open_checkpoint
     from exporters.registry import format_of
 
     if wanted.format is None:
-        return resolve(model, progress).path, None
+        return _Measurable(resolve(model, progress).path, None)
     chosen = format_of(wanted.format)
     quant = wanted.quant or chosen.default_quant
     located = locate(model, progress)
@@ -152,12 +172,13 @@ def _measurable(model: StrPath, wanted: Wanted, progress: Progress) -> tuple[Pat
     # A folder of full precision is what others are exported from, so it is one for vLLM only as asked for.
     is_artifact = wanted.format != "vllm" or found == quant or found in _VLLM_QUANTISED
     if found is not None and is_artifact:
-        return located.path, found
+        return _Measurable(located.path, found)
     folder = resolve(model, progress).path
-    key = key_of(wanted.format, model_hash(open_checkpoint(folder)), quant, __version__)
+    index = open_checkpoint(folder)
+    key = key_of(wanted.format, model_hash(index), quant, __version__)
     path, _ = cached(
         "artifacts",
         f"{folder.name}-{quant}-{key}{chosen.suffix}",
         lambda out: chosen.export(folder, out, quant=quant, progress=progress),
     )
-    return path, quant
+    return _Measurable(path, quant, index.num_parameters)

@@ -12,7 +12,7 @@ from typing import Any
 from cusprun.errors import CusprunError
 from serve.bench.roofline import Work
 
-_F16_BYTES = 2  # llama.cpp's and vLLM's caches
+_F16_BYTES = 2  # llama.cpp's cache; those of vLLM and transformers have the type of the weights
 _F32_BYTES = 4
 _ONNX_FLOAT = 1
 _PRODUCTS = ("MatMul", "MatMulNBits", "Gemm")
@@ -106,17 +106,22 @@ def _folder_bytes(folder: Path) -> int:
     return total - embedding if has_head else total
 
 
+def _dtype(config: Mapping[str, Any]) -> str:
+    return str(config.get("dtype") or config.get("torch_dtype"))
+
+
 def _vllm_work(folder: Path) -> Work:
     config = _read_json(folder / "config.json")
-    return _config_widths(config).work(_folder_bytes(folder), _F16_BYTES)
+    cache_item = _F32_BYTES if _dtype(config) == "float32" else _F16_BYTES
+    return _config_widths(config).work(_folder_bytes(folder), cache_item)
 
 
 def _torch_work(folder: Path) -> Work:
     """Return the work of a folder in transformers, which holds float16 as float32 on a CPU."""
     config = _read_json(folder / "config.json")
-    is_half = str(config.get("dtype") or config.get("torch_dtype")) == "float16"
-    weight_bytes = _folder_bytes(folder) * (2 if is_half else 1)
-    return _config_widths(config).work(weight_bytes, _F32_BYTES if is_half else _F16_BYTES)
+    weight_bytes = _folder_bytes(folder) * (2 if _dtype(config) == "float16" else 1)
+    cache_item = _F16_BYTES if _dtype(config) == "bfloat16" else _F32_BYTES
+    return _config_widths(config).work(weight_bytes, cache_item)
 
 
 def _onnx_work(folder: Path) -> Work:

@@ -13,6 +13,7 @@ from cusprun.progress import SILENT, Progress
 from cusprun.records import Corpora, Expert, Manifest, TokenizedDocument
 from cusprun.resolve import StrPath
 from cusprun.walk.device import CPU, Device
+from cusprun.walk.workspace import DEFAULT_WORKSPACE, Workspace
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,6 +86,7 @@ def importance_for(
     corpora: Corpora | None,
     progress: Progress = SILENT,
     device: Device = CPU,
+    workspace: Workspace = DEFAULT_WORKSPACE,
 ) -> Mapping[str, NDArray[np.float32]] | None:
     """Return the mean squared input of every matrix on calibration documents, where the export profits.
 
@@ -98,5 +100,7 @@ def importance_for(
         log.info("note: no expert is known, so %s is made without its documents; give --expert", quant)
         return None
     documents = first_tokens(in_turns(corpora.calibration), IMPORTANCE_TOKENS)
-    importance: Mapping[str, NDArray[np.float32]] = importance_of(index, documents, progress, device=device)
+    importance: Mapping[str, NDArray[np.float32]] = importance_of(
+        index, documents, progress, device=device, workspace=workspace
+    )
     return importance

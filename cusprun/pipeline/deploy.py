@@ -65,7 +65,9 @@ def deploy(
     from deploy.targets import complete_options, load, target_of
 
     target = target_of(to)
-    given = {**({} if platform is None else {_PLATFORM: platform}), **(options or {})}
+    given = dict(options or {})
+    if platform is not None and given.setdefault(_PLATFORM, platform) != platform:
+        raise UserError(f"the platforms {platform!r} and {given[_PLATFORM]!r} are asked for; give one")
     wanted = complete_options(target, given)
     folder = fresh_output(out)
     modified_s = _modified_s()
@@ -76,34 +78,37 @@ def deploy(
             f"the target {to} serves no {format_name} artifacts ({source}); export the model to "
             f"{' or '.join(sorted(target.formats))}"
         )
-    request = Request(memory, context, parallel, None if results is None else Path(results))
+    beside_bytes = target.beside_bytes.get(format_name, 0)
+    request = Request(memory, context, parallel, None if results is None else Path(results), beside_bytes)
     facts = gather(source, format_name, request, progress=progress)
     if wanted.get(_ORIGINAL) is not None:
-        facts = replace(facts, original=_original(Path(str(wanted[_ORIGINAL])), facts, progress))
+        path = Path(str(wanted[_ORIGINAL])).expanduser()
+        facts = replace(facts, original=_original(path, facts, beside_bytes, progress))
     module = load(target)
     module.check(facts, wanted)
-    require_space(folder, facts.artifact_bytes)
+    require_space(folder, facts.artifact_bytes + (facts.original.artifact_bytes if facts.original else 0))
     root = source.absolute() if facts.artifact_is_folder else source.absolute().parent
     with atomic_folder(folder) as partial:
         write_files(partial, module.files(facts, wanted), facts, root, modified_s)
     return folder
 
 
-def _original(path: Path, facts: Facts, progress: Progress) -> Facts:
-    """Return the facts of an artifact to be served beside, with the same context and requests at once.
+def _original(path: Path, facts: Facts, beside_bytes: int, progress: Progress) -> Facts:
+    """Return the facts of an artifact to be served beside, with the same context, requests and threads.
 
     Raises:
         ExportError: it is of another format.
     """
-    found = format_of_artifact(path.expanduser())
+    found = format_of_artifact(path)
     if found != facts.format:
         raise ExportError(
-            f"the original {path} is a {found} artifact and the expert a {facts.format} one; export the "
+            f"the original {path} is of the format {found} and the expert of {facts.format}; export the "
             f"original to {facts.format} as well"
         )
     sizing = facts.sizing
-    request = Request(None, sizing.context_tokens, sizing.parallel, None)
-    return gather(path.expanduser(), found, request, progress=progress)
+    request = Request(None, sizing.context_tokens, sizing.parallel, None, beside_bytes)
+    original = gather(path, found, request, progress=progress)
+    return replace(original, sizing=replace(original.sizing, num_threads=sizing.num_threads))
 
 
 def write_files(
@@ -126,9 +131,10 @@ def write_files(
                 raise ModelError(f"{root / name} was changed meanwhile; deploy it again")
     lines = "".join(f"{digest}  {path}\n" for path, digest in sorted(sums.items()))
     _write(folder, File(SUMS_NAME, lines.encode()), root)
-    for path in sorted(folder.rglob("*"), reverse=True):
+    for path in (*sorted(folder.rglob("*"), reverse=True), folder):
+        if path.is_dir():
+            path.chmod(0o755)
         os.utime(path, (modified_s, modified_s))
-    os.utime(folder, (modified_s, modified_s))
     return sums
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import unicodedata
@@ -26,7 +27,16 @@ ENGINES: Mapping[str, str] = {"gguf": "llamacpp", "onnx": "onnx", "vllm": "vllm"
 """The engine that serves each format, as ``cusprun serve`` chooses it."""
 
 _MAX_NAME = 40
-_SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
+_SAMPLING = {
+    "temperature": "temp",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "penalty_repeat",
+}
+"""What a model states, in ``generation_config.json`` and below ``general.sampling`` of a GGUF file."""
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 _MANIFEST_NAMES = ("cusprun.json", "cusprun-export.json")
 
 
@@ -117,10 +127,15 @@ def gather(
 
 
 def _files(path: Path) -> dict[str, Path]:
-    """Return the files of an artifact by their path in it."""
+    """Return the files of an artifact by their path in it; hidden ones, such as git's, are none of it."""
     if path.is_file():
         return {path.name: path}
-    found = {file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*")) if file.is_file()}
+    every = {file.relative_to(path): file for file in sorted(path.rglob("*")) if file.is_file()}
+    found = {
+        name.as_posix(): file
+        for name, file in every.items()
+        if not any(part.startswith(".") for part in name.parts)
+    }
     odd = next((name for name in found if not name.isprintable()), None)
     if odd is not None:
         raise UserError(f"{path} holds a file whose name cannot be printed ({odd!r}); rename it")
@@ -151,12 +166,24 @@ def _gguf_texts(path: Path) -> Texts:
         bos_token=named["bos"],
         eos_token=named["eos"],
         stop_strings=tuple(stops),
-        # llama.cpp adds BOS to SentencePiece vocabularies unless the file says otherwise.
-        adds_bos=file.flag("tokenizer.ggml.add_bos_token", file.text("tokenizer.ggml.model", "") == "llama"),
-        license=_stated(file.metadata.get("general.license")),
+        adds_bos=file.flag("tokenizer.ggml.add_bos_token", _adds_bos(file)),
+        license=_line(file.metadata.get("general.license")),
         source=_gguf_source(file),
-        expert=_stated(file.metadata.get("general.finetune")) if _is_ours(file) else None,
+        expert=_line(file.metadata.get("general.finetune")) if _is_ours(file) else None,
+        sampling=_numbers(
+            {name: file.metadata.get(f"general.sampling.{key}") for name, key in _SAMPLING.items()}
+        ),
     )
+
+
+def _adds_bos(file: GgufFile) -> bool:
+    """Tell whether llama.cpp adds BOS where the file does not say: to SentencePiece, and to some others."""
+    from cusprun.checkpoint.gguf_tokenizer import pre_tokenizers
+
+    if file.text("tokenizer.ggml.model", "") == "llama":
+        return True
+    pre = pre_tokenizers().get(file.text("tokenizer.ggml.pre", ""))
+    return pre is not None and pre.add_bos
 
 
 def _is_ours(file: GgufFile) -> bool:
@@ -165,8 +192,8 @@ def _is_ours(file: GgufFile) -> bool:
 
 
 def _gguf_source(file: GgufFile) -> str | None:
-    name = _stated(file.metadata.get("general.base_model.0.name"))
-    owner = _stated(file.metadata.get("general.base_model.0.organization"))
+    name = _line(file.metadata.get("general.base_model.0.name"))
+    owner = _line(file.metadata.get("general.base_model.0.organization"))
     return f"{owner}/{name}" if owner and name else name
 
 
@@ -177,6 +204,20 @@ def _token(tokens: list[str], token_id: object) -> str | None:
 
 def _stated(value: object) -> str | None:
     return value if isinstance(value, str) and value else None
+
+
+def _line(value: object) -> str | None:
+    """Return what a card says on one line, of what can be printed: it goes into files of one-line values."""
+    words = value.split() if isinstance(value, str) else ()
+    return "".join(letter for letter in " ".join(words) if letter.isprintable()) or None
+
+
+def _numbers(values: Mapping[str, object]) -> dict[str, float]:
+    return {
+        name: float(value)
+        for name, value in values.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    }
 
 
 def _onnx_texts(path: Path) -> Texts:
@@ -196,6 +237,10 @@ def _vllm_texts(path: Path) -> Texts:
 
 
 def _folder_texts(path: Path, context_limit: int, stop_ids: object) -> Texts:
+    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
+        raise ModelError(
+            f"{path} has no tokenizer, without which it cannot be served; export the model again"
+        )
     words = _json(path / "tokenizer_config.json", needed=False)
     ids = stop_ids if isinstance(stop_ids, list) else [stop_ids]
     texts = _added_tokens(path)
@@ -214,14 +259,10 @@ def _folder_texts(path: Path, context_limit: int, stop_ids: object) -> Texts:
         eos_token=eos,
         stop_strings=tuple(dict.fromkeys(text for text in stops if text)),
         adds_bos=bool(words.get("add_bos_token", False)),
-        license=_stated(card.get("license")),
-        source=_stated(manifest.get("source")) or _stated(card.get("base_model")),
-        expert=_stated(expert.get("name")) if isinstance(expert, dict) else _stated(expert),
-        sampling={
-            name: float(value)
-            for name in _SAMPLING
-            if isinstance(value := generation.get(name), int | float) and not isinstance(value, bool)
-        },
+        license=_line(card.get("license")),
+        source=_line(manifest.get("source")) or _line(card.get("base_model")),
+        expert=_line(expert.get("name") if isinstance(expert, dict) else expert),
+        sampling=_numbers({name: generation.get(name) for name in _SAMPLING}),
     )
 
 
@@ -231,7 +272,9 @@ def _added_tokens(path: Path) -> dict[int, str]:
     return {
         entry["id"]: entry["content"]
         for entry in (entries if isinstance(entries, list) else ())
-        if isinstance(entry, dict) and isinstance(entry.get("content"), str) and "id" in entry
+        if isinstance(entry, dict)
+        and isinstance(entry.get("content"), str)
+        and isinstance(entry.get("id"), int)
     }
 
 
@@ -258,7 +301,7 @@ def _card(path: Path) -> dict[str, Any]:
     try:
         text = (path / "README.md").read_text(encoding="utf-8")
         plain = yaml.safe_load(text.split("---", 2)[1]) if text.startswith("---") else {}
-    except (OSError, ValueError, IndexError, yaml.YAMLError):
+    except (OSError, ValueError, IndexError, RecursionError, yaml.YAMLError):
         return {}
     return plain if isinstance(plain, dict) else {}
 

@@ -36,12 +36,16 @@ _F32_BYTES = 4
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of the size: the memory that may be used, and what is held in it."""
+    """What is asked of the size: the memory that may be used, and what is held in it.
+
+    ``beside_bytes`` is what counts as the server's memory besides its own, where it is put.
+    """
 
     memory_bytes: int | None = None
     context_tokens: int | None = None
     parallel: int | None = None
     results: Path | None = None
+    beside_bytes: int = 0
 
 
 def size(artifact: Path, engine: str, context_limit: int, request: Request) -> Sizing:
@@ -68,7 +72,7 @@ def size(artifact: Path, engine: str, context_limit: int, request: Request) -> S
     return plan(
         weights,
         cache,
-        overhead,
+        overhead + request.beside_bytes,
         context_limit,
         budget_bytes=request.memory_bytes,
         context_tokens=request.context_tokens,
@@ -122,7 +126,8 @@ def _measured(results: Path, engine: str, artifact: Path) -> _Measured:
     for suite in suites:
         peak = _peak_of(suite, artifact.name)
         if peak is not None:
-            return _Measured(peak, suite.context_length, report.environment.num_threads, suite.library)
+            library = " ".join(suite.library.split())
+            return _Measured(peak, suite.context_length, report.environment.num_threads, library)
     found = sorted({side.file_name for suite in suites for side in (suite.after, suite.before)})
     raise UserError(
         f"{results} has no peak memory of {artifact.name} in {engine}, but of: {', '.join(found) or 'none'}; "

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cusprun.errors import CorpusError, ModelError, UserError, require_kind
+from cusprun.pipeline.workspaces import require_whole_model, workspace_of
 from cusprun.progress import SILENT, Progress
 from cusprun.records import Corpora, Expert, TokenizedDocument
 from cusprun.resolve import StrPath
@@ -31,6 +32,8 @@ def evaluate(
     *,
     batch_size: int | None = None,
     device: str = DEFAULT_DEVICE,
+    memory: int | str | None = None,
+    workdir: StrPath | None = None,
     progress: Progress = SILENT,
 ) -> EvalReport:
     """Measure perplexity on an expert's held-out documents and on its general text, in float32; and tasks.
@@ -40,7 +43,8 @@ def evaluate(
 
     ``tasks`` is a file of tasks, as told at :func:`cusprun.quality.tasks.load_tasks`, that lm-eval runs on
     each model in the type of its weights, ``batch_size`` prompts at a time (8); the others also get the
-    difference of their scores and the reference's. ``device`` is that of :func:`cusprun.score`.
+    difference of their scores and the reference's. ``device``, ``memory`` and ``workdir`` are those of
+    :func:`cusprun.score`; tasks hold a whole model.
 
     Raises:
         DeviceError: the device is unknown, does not work or has too little memory.
@@ -48,7 +52,8 @@ def evaluate(
         CorpusError: documents are missing, or none is held out.
         MissingDependencyError: there are tasks, and lm-eval is not installed.
         ModelError: a model is missing or damaged, or reads the documents as other tokens than the first.
-        UserError: a task does not fit a model's context, or there is a batch size and no task.
+        UserError: a task does not fit a model's context, there is a batch size and no task, or the memory is
+            too little.
     """
     from cusprun.corpus import build_corpora
     from cusprun.pipeline.stages import as_expert, open_model
@@ -57,10 +62,11 @@ def evaluate(
     if not names:
         raise UserError("no model was given; name at least one")
     _check_batch_size(batch_size, tasks)
+    workspace = workspace_of(memory, workdir=workdir)
     where = open_device(device)
     chosen = as_expert(expert)
     wanted = () if tasks is None else _ready_tasks(Path(tasks))
-    opened = [open_model(name, progress, where) for name in names]
+    opened = [open_model(name, progress, where, workspace) for name in names]
     _require_room(opened, wanted)
     corpora = build_corpora(chosen, opened[0].index.folder, progress)
     sets = measured_sets(corpora, chosen)
@@ -96,6 +102,7 @@ def _require_room(opened: Sequence[OpenModel], tasks: Sequence[Task]) -> None:
     from cusprun.quality.task_run import require_room
 
     for model in opened if tasks else ():
+        require_whole_model(model, "tasks")
         require_room(model.index.folder, context_length(model), tasks)
 
 
@@ -165,7 +172,14 @@ def measure(
     documents = [document for group in sets.values() for document in group]
     reference = opened[0].index if len(opened) > 1 else None
     measured = [
-        measure_likelihood(model.index, documents, reference, device=model.device, progress=progress)
+        measure_likelihood(
+            model.index,
+            documents,
+            reference,
+            device=model.device,
+            workspace=model.workspace,
+            progress=progress,
+        )
         for model in (opened[1:] or opened)
     ]
     # A comparison runs the reference anyway, so its own row needs no pass of its own.

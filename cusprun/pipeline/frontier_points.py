@@ -223,7 +223,14 @@ class Exporter:
         calibrated = spec.quant in chosen.calibrated
         if calibrated and size.importance is None:
             size.importance = importance_for(
-                chosen, spec.quant, options, size.index, self.corpora, self.progress, self.opened.device
+                chosen,
+                spec.quant,
+                options,
+                size.index,
+                self.corpora,
+                self.progress,
+                self.opened.device,
+                self.opened.workspace,
             )
         return chosen.export(
             size.index.folder,

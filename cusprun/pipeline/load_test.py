@@ -59,6 +59,7 @@ def load_test(
     """
     from serve.bench.endpoint.collect import Workload
     from serve.bench.endpoint.records import LoadOptions
+    from serve.bench.endpoint.table import PACK
     from serve.bench.endpoint.tokens import load_tokens
     from serve.bench.endpoint.transport import base_url, check_key, require_aiohttp
 
@@ -87,7 +88,7 @@ def load_test(
         seen,
         asked,
         created=created,
-        prompts=f"pack {PROMPT_PACK}" if prompts is None else Path(prompts).name,
+        prompts=f"{PACK}{PROMPT_PACK}" if prompts is None else Path(prompts).name,
         tokenizer=None if tokenizer is None else Path(tokenizer).name,
         elapsed_s=time.perf_counter() - started,
         is_complete=is_complete,

@@ -43,7 +43,13 @@ def original_likelihoods(
     name = key_of("likelihood", opened.model_hash, tokens, __version__, *opened.device.key)
 
     def make(path: Path) -> None:
-        found = measure_likelihood(opened.index, documents, device=opened.device, progress=progress)
+        found = measure_likelihood(
+            opened.index,
+            documents,
+            device=opened.device,
+            workspace=opened.workspace,
+            progress=progress,
+        )
         counts = tuple(item.num_predicted_tokens for item in found)
         dump_json(_Sums(counts, tuple(item.negative_log_likelihood for item in found)), path)
 

@@ -92,12 +92,13 @@ def build_page(found: Sequence[Result], unread: Sequence[Unread] = ()) -> Page:
         UserError: they are of different experts.
     """
     from cusprun.pipeline.reporting.kinds import KINDS, ordered
+    from cusprun.pipeline.reporting.one_expert import require_one_expert
     from cusprun.pipeline.reporting.verdict import judge
     from cusprun.pipeline.reporting.wording import moment
     from serve.report.view import Page
 
     by_kind = {name: [result.record for result in found if result.kind.name == name] for name in KINDS}
-    _require_one_expert(by_kind)
+    require_one_expert(by_kind)
     sections = [
         section for name, records in by_kind.items() if records for section in KINDS[name].shown(records)
     ]
@@ -113,11 +114,12 @@ def build_page(found: Sequence[Result], unread: Sequence[Unread] = ()) -> Page:
 
 
 def _evidence(by_kind: Mapping[str, Sequence[Any]]) -> Any:
-    from cusprun.pipeline.reporting.kinds import BENCH, EVAL, MANIFEST, PARITY, RUN
+    from cusprun.pipeline.reporting.kinds import BENCH, EVAL, PARITY, RUN
+    from cusprun.pipeline.reporting.one_expert import manifests
     from cusprun.pipeline.reporting.verdict import Evidence
 
     return Evidence(
-        manifest=next(iter(by_kind[MANIFEST]), None),
+        manifest=next(iter(manifests(by_kind)), None),
         quality=next((one for one in by_kind[EVAL] if len(one.models) > 1), None),
         parity=by_kind[PARITY],
         artifacts=[file for run in by_kind[RUN] for file in run.artifacts],
@@ -125,29 +127,16 @@ def _evidence(by_kind: Mapping[str, Sequence[Any]]) -> Any:
     )
 
 
-def _require_one_expert(by_kind: Mapping[str, Sequence[Any]]) -> None:
-    """Raise ``UserError`` when runs or manifests are of different experts: one verdict cannot be of two."""
-    from cusprun.pipeline.reporting.kinds import MANIFEST, RUN
-
-    experts = {(run.source, run.expert, run.block_ratio) for run in by_kind[RUN]}
-    experts |= {(one.source, one.expert.name, one.plan.block_ratio) for one in by_kind[MANIFEST]}
-    if len(experts) > 1:
-        named = "; ".join(f"{expert} of {source} at {ratio:.3g}" for source, expert, ratio in sorted(experts))
-        raise UserError(
-            f"a report is about one expert, and these results are of several ({named}); "
-            "write a report for each"
-        )
-
-
 def _names(by_kind: Mapping[str, Sequence[Any]]) -> tuple[str, str]:
     """Return what the model and the expert are called, by the first kind of result that knows."""
-    from cusprun.pipeline.reporting.kinds import BENCH, EVAL, MANIFEST, RUN
+    from cusprun.pipeline.reporting.kinds import BENCH, EVAL, RUN, SWEEP
+    from cusprun.pipeline.reporting.one_expert import manifests
 
     for run in by_kind[RUN]:
         return run.source, run.expert
-    for manifest in by_kind[MANIFEST]:
+    for manifest in manifests(by_kind):
         return manifest.source, manifest.expert.name
-    for sweep in by_kind["sweep"]:
+    for sweep in by_kind[SWEEP]:
         return sweep.model, sweep.expert
     for quality in by_kind[EVAL]:
         return quality.models[0].model, quality.expert
@@ -170,7 +159,7 @@ def _title(by_kind: Mapping[str, Sequence[Any]]) -> str:
 def _summary(by_kind: Mapping[str, Sequence[Any]]) -> Iterator[str]:
     """Yield two sentences: what this is and what it is for."""
     from cusprun.pipeline.reporting.expert import dimension_text
-    from cusprun.pipeline.reporting.kinds import BENCH, MANIFEST, RUN
+    from cusprun.pipeline.reporting.kinds import BENCH, MANIFEST, NEURONS, RUN
 
     before, after = _names(by_kind)
     if by_kind[MANIFEST]:
@@ -183,6 +172,14 @@ def _summary(by_kind: Mapping[str, Sequence[Any]]) -> Iterator[str]:
             "It keeps what the original needs for such text and gives up some of the rest, so it is meant "
             "for that job alone."
         )
+    elif by_kind[NEURONS]:
+        zeroed = by_kind[NEURONS][0]
+        share = zeroed.zeroed_parameters / zeroed.parameters
+        yield (
+            f"{after} is {before} with {share:.1%} of its parameters set to zero, made for "
+            f"{dimension_text(zeroed)}."
+        )
+        yield "It is neither smaller nor faster: single neurons are set to zero to see what they are worth."
     elif by_kind[RUN]:
         yield f"{after} is {before} with {by_kind[RUN][0].total_ratio:.1%} of its parameters removed."
         yield "It is meant for the job that its expert file describes, and gives up some of the rest."

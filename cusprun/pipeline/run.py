@@ -17,6 +17,7 @@ from cusprun.pipeline.evaluation import measure, measured_sets
 from cusprun.pipeline.proof import RUNTIMES, parity_documents, prove
 from cusprun.pipeline.results import RunReport, run_report, to_markdown
 from cusprun.pipeline.stages import OpenModel, as_expert, corpora_of, open_model, prune_opened
+from cusprun.pipeline.workspaces import workspace_of
 from cusprun.progress import SILENT, Progress
 from cusprun.recipe import ExportSpec, Recipe, load_recipe
 from cusprun.records import Corpora, Expert, Manifest
@@ -75,12 +76,21 @@ class _OutFolder:
         self.seconds[name] = round(time.monotonic() - started, 1)
         return path
 
-    def measurement(self, name: str, kind: type[T], key: str, make: Callable[[], T]) -> T:
-        """Return a record measured before from the same inputs, or measure it and keep it as ``name``."""
+    def measurement(
+        self,
+        name: str,
+        kind: type[T],
+        key: str,
+        make: Callable[[], T],
+        is_finished: Callable[[T], bool] = lambda _: True,
+    ) -> T:
+        """Return a finished record that was measured from the same inputs, or measure and keep it."""
         path = self.folder / name
         if path.exists() and self._keys().get(name) == key:
-            log.info("found %s, finished before; not measuring again", path)
-            return load_json(kind, path)
+            found = load_json(kind, path)
+            if is_finished(found):
+                log.info("found %s, finished before; not measuring again", path)
+                return found
         path.unlink(missing_ok=True)
         self._begin(name, key)
         started = time.monotonic()
@@ -97,13 +107,21 @@ class _OutFolder:
         dump_json(Stages({**self._keys(), name: key}), self.folder / _STAGES_FILE)
 
 
-def run(recipe: StrPath | Recipe, *, device: str | None = None, progress: Progress = SILENT) -> RunReport:
+def run(
+    recipe: StrPath | Recipe,
+    *,
+    device: str | None = None,
+    memory: int | str | None = None,
+    workdir: StrPath | None = None,
+    progress: Progress = SILENT,
+) -> RunReport:
     """Run a recipe: resolve, prune, export, prove, evaluate, measure; write and return the results.
 
     ``out`` then holds ``expert/`` (the Hugging Face folder), an artifact of original and expert for each
     entry of ``exports``, and the table as ``results.json`` and ``results.md``. Run again, it continues from
     the finished stages; an output that was made from other inputs is never replaced. ``device``, when given,
-    stands in for the recipe's.
+    stands in for the recipe's. ``memory`` is that of :func:`cusprun.score`, for pruning, importances and
+    perplexities; proofs, samples and the benchmark run whole models. So is ``workdir``.
 
     Raises:
         DeviceError: the device is unknown, does not work or has too little memory.
@@ -112,6 +130,7 @@ def run(recipe: StrPath | Recipe, *, device: str | None = None, progress: Progre
         CusprunError: whatever a stage raises.
     """
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
+    workspace = workspace_of(memory, workdir=workdir)
     where = open_device(chosen.device if device is None else device)
     expert = as_expert(chosen.expert)
     chosen.wishes.check_dimensions(expert)
@@ -119,12 +138,12 @@ def run(recipe: StrPath | Recipe, *, device: str | None = None, progress: Progre
         for spec in chosen.exports:
             RUNTIMES[spec.to].require()
     out = _OutFolder(_made(Path(chosen.out)))
-    before = open_model(chosen.model, progress, where)
+    before = open_model(chosen.model, progress, where, workspace)
     for spec in chosen.exports:
         _refuse_export(before, spec)
     corpora = corpora_of(before, expert, progress)
     folder = _prune(chosen, expert, before, corpora, out, progress)
-    after = open_model(folder, progress, where)
+    after = open_model(folder, progress, where, workspace)
     artifacts = {
         spec: {
             side: _export(model, spec, side, corpora, out, progress)
@@ -134,7 +153,8 @@ def run(recipe: StrPath | Recipe, *, device: str | None = None, progress: Progre
     }
     parity = _prove_all(before, after, artifacts, corpora, progress) if chosen.verify else ()
     quality = _evaluate(before, after, expert, corpora, out, progress) if chosen.evaluate else None
-    speed = _bench(chosen, artifacts, out, progress)
+    parameters = {"before": before.index.num_parameters, "after": after.index.num_parameters}
+    speed = _bench(chosen, artifacts, parameters, out, progress)
     samples = _samples(chosen, before, after, expert, corpora, artifacts, out, progress)
     report = run_report(
         manifest=load_json(Manifest, folder / "cusprun.json"),
@@ -215,7 +235,14 @@ def _export(
             quant=spec.quant,
             options=options,
             importance=importance_for(
-                chosen, spec.quant, options, model.index, corpora, progress, model.device
+                chosen,
+                spec.quant,
+                options,
+                model.index,
+                corpora,
+                progress,
+                model.device,
+                model.workspace,
             ),
             progress=progress,
         ),
@@ -323,6 +350,7 @@ def _installed(to: str) -> bool:
 def _bench(
     recipe: Recipe,
     artifacts: Mapping[ExportSpec, Mapping[str, Path]],
+    parameters: Mapping[str, int],
     out: _OutFolder,
     progress: Progress,
 ) -> BenchReport | None:
@@ -341,9 +369,10 @@ def _bench(
 
     def measure_all() -> BenchReport:
         targets = [
-            target_of(RUNTIME_OF[to], paths[_BEFORE], paths[_AFTER], quant)
+            target_of(RUNTIME_OF[to], paths[_BEFORE], paths[_AFTER], quant, parameters)
             for (to, quant), paths in measured.items()
         ]
-        return bench(targets, spec.options, progress)
+        # What was made and proven before is worth its table, also where nothing can be measured.
+        return bench(targets, spec.options, progress, must_measure=False)
 
-    return out.measurement("bench.json", BenchReport, key, measure_all)
+    return out.measurement("bench.json", BenchReport, key, measure_all, lambda report: not report.failed)

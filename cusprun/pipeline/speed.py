@@ -46,8 +46,9 @@ def measure_speed(
 
 def speed_of(suite: Suite, environment: Environment, options: SpeedOptions) -> Speed:
     """Take the speed of ``after`` from what the benchmark found; raises ``MeasurementError`` on a failure."""
-    if suite.failure is not None:
-        raise MeasurementError(f"its speed could not be measured: {suite.failure}")
+    failure = suite.failure or suite.given_up
+    if failure is not None:
+        raise MeasurementError(f"its speed could not be measured: {failure}")
     decode = suite.comparison(f"decode_tokens_per_second@{options.context_depth}")
     prompt = suite.comparison(f"prompt_tokens_per_second@{options.prompt_tokens}")
     return Speed(

@@ -13,7 +13,7 @@ from cusprun.cache import fresh_output
 from cusprun.errors import CorpusError, PlanError, require_known
 from cusprun.pipeline.shared import refuse_shared_neurons, require_same_wishes, written_together
 from cusprun.pipeline.wishes import DEFAULT_RATIO, PlanWishes, PruneWishes, stores_of, texts_of
-from cusprun.pipeline.workdir import with_folder
+from cusprun.pipeline.workspaces import require_pruning_memory, require_units, workspace_of
 from cusprun.progress import SILENT, Progress
 from cusprun.records import GRANULARITIES, Corpora, Expert, Manifest, NeuronManifest, Plan
 from cusprun.resolve import StrPath, as_paths, resolve
@@ -49,10 +49,7 @@ def open_model(
     device: Device = CPU,
     workspace: Workspace = DEFAULT_WORKSPACE,
 ) -> OpenModel:
-    """Resolve a model, check its headers and hash its weights.
-
-    The ``workspace`` gets the cache for its folder when it has none.
-    """
+    """Resolve a model, check its headers and hash its weights."""
     from cusprun.checkpoint.index import model_hash, open_checkpoint
     from cusprun.walk.shell import load_config
 
@@ -62,7 +59,7 @@ def open_model(
     with progress.stage("hashing the model", 1) as advance:
         digest = model_hash(index)
         advance(1)
-    return OpenModel(index, digest, located.source, device, with_folder(workspace))
+    return OpenModel(index, digest, located.source, device, workspace)
 
 
 def as_expert(expert: StrPath | Expert) -> Expert:
@@ -80,18 +77,24 @@ def score(
     granularity: str = "unit",
     device: str = DEFAULT_DEVICE,
     ranks: Ranks = ALONE,
+    memory: int | str | None = None,
+    workdir: StrPath | None = None,
     progress: Progress = SILENT,
 ) -> Path:
     """Score every FFN channel, query head, KV group and block on an expert's documents into a store ``out``.
 
     With ``granularity="neuron"`` the store holds single rows of Q, K and V, columns of O and FFN channels. A
     store of the same model and documents in the cache is copied, and nothing is computed again. ``device`` is
-    ``cpu``, ``cuda``, ``cuda:N`` or ``auto``, which is CUDA where it works. ``ranks`` are processes that
-    share the documents (:class:`cusprun.walk.shared_run.SharedRun`): each calls this, and the first writes.
+    ``cpu``, ``cuda``, ``cuda:N`` or ``auto``, which is CUDA where it works. ``memory``, bytes or a text like
+    ``4GB``, is what the work may take beside files that the system holds in memory as long as it has room;
+    batches are made to fit it. ``workdir`` is the folder for hidden states and unfinished work, from which
+    the same call goes on after a crash: the cache when not given. ``ranks`` are processes that share the
+    documents (:class:`cusprun.walk.shared_run.SharedRun`): each calls this, and the first writes.
 
     Raises:
         DeviceError: the device is unknown, does not work or has too little memory.
-        UserError: an unknown granularity, or ranks that differ in what they are given.
+        UserError: an unknown granularity, ranks that differ in what they are given, or a memory that is too
+            little; the text says what would do.
         RankError: another rank failed or was lost.
         ConfigError: the expert file has faults.
         CorpusError: documents are missing or unreadable.
@@ -102,11 +105,13 @@ def score(
     from cusprun.pipeline.scores import copy_store
 
     require_known(granularity, GRANULARITIES, "granularity")
+    require_units(memory, granularity)
     refuse_shared_neurons(granularity, ranks)
+    workspace = workspace_of(memory, ranks, workdir)
     where = open_device(device, ranks.local_rank)
     target = ranks.from_first(lambda: fresh_output(out))
     chosen = as_expert(expert)
-    opened = open_model(model, progress, where, Workspace(ranks=ranks))
+    opened = open_model(model, progress, where, workspace)
     require_same_wishes(opened, {"granularity": granularity})
     corpora = corpora_of(opened, chosen, progress)
     if granularity == "neuron":
@@ -203,6 +208,8 @@ def prune(
     shard_bytes: int | None = None,
     device: str = DEFAULT_DEVICE,
     ranks: Ranks = ALONE,
+    memory: int | str | None = None,
+    workdir: StrPath | None = None,
     progress: Progress = SILENT,
 ) -> Manifest | NeuronManifest:
     """Write the smaller model that an expert needs as a Hugging Face folder; return its manifest.
@@ -217,20 +224,25 @@ def prune(
     ``refit_target`` what they aim at: ``output`` (the default), ``residual`` or ``auto`` (see
     ``docs/method.md``). With
     ``granularity="neuron"`` single neurons of every matrix are zeroed by the rule (``paper`` unless given) in
-    ``ratio``, and every shape stays. ``shard_bytes`` bounds a weight file (2 GB). ``device`` and ``ranks``
-    are those of :func:`score`. Interrupted and called again, it continues from the scores.
+    ``ratio``, and every shape stays. ``shard_bytes`` bounds a weight file (2 GB). ``device``, ``memory``,
+    ``workdir`` and ``ranks`` are those of :func:`score`.
+
+    However it is interrupted, called again it goes on from the last finished layer, and writes the same bytes
+    as without an interruption; but for ``created`` and ``seconds`` of the manifest, where the environment
+    does not set ``SOURCE_DATE_EPOCH`` (see :mod:`cusprun.clock`).
 
     Raises:
         DeviceError: the device is unknown, does not work or has too little memory.
         ConfigError: the expert file has faults.
-        CorpusError: documents are missing, unreadable or too few for rule or refit, or none is held out to
+        CorpusError: documents are missing, unreadable or too few for the rule, or none is held out to
             measure ``max_loss`` on.
         ModelError: the model is missing, damaged or holds weights that are not finite.
         PlanError: no legal shape keeps the budget, the plan is malformed or another model's, or the refit
             target is not for the family.
         StoreError: a store is missing, damaged, given twice or made with other tokens.
         OutputError: ``out`` exists, cannot be written or does not fit on the disk.
-        UserError: a rule, target, kind of unit or dimension is unknown, or wishes contradict one another.
+        UserError: a rule, target, kind of unit or dimension is unknown, wishes contradict one another, or
+            the memory is too little; the text says what would do.
         RankError: another rank failed or was lost.
     """
     refuse_shared_neurons(granularity, ranks)
@@ -252,10 +264,12 @@ def prune(
         plan=plan,
     )
     wishes.check()
+    require_units(memory, granularity)
+    workspace = workspace_of(memory, ranks, workdir)
     where = open_device(device, ranks.local_rank)
     chosen = as_expert(expert)
     wishes.check_dimensions(chosen)
-    opened = open_model(model, progress, where, Workspace(ranks=ranks))
+    opened = open_model(model, progress, where, workspace)
     require_same_wishes(opened, wishes)
     corpora = corpora_of(opened, chosen, progress)
     if granularity == "neuron":
@@ -276,35 +290,34 @@ def prune_opened(
     progress: Progress = SILENT,
 ) -> Manifest:
     """Do the work of :func:`prune` on a model and corpora that are open."""
-    from cusprun.pipeline.search import largest_within_loss
+    from cusprun.pipeline.search import KnownLosses, largest_within_loss
 
     seconds: dict[str, float] = {}
     if wishes.plan is not None:
         given = wishes.plan
         made = opened.workspace.ranks.from_first(lambda: _given_plan(given, opened, wishes.refit))
         wishes.check_family(opened.index.family, made.rule)
+        require_pruning_memory(opened, corpora, wishes.settings(made.rule, opened.index.family))
     else:
         wishes.check_family(opened.index.family, wishes.chosen_rule)
+        settings = wishes.settings(wishes.chosen_rule, opened.index.family)
+        require_pruning_memory(opened, corpora, settings)
         if wishes.max_loss is not None and not corpora.held_out:
             raise CorpusError(
                 f"no document of {expert.name!r} is held out to measure a loss on; give it more documents "
                 "or a larger 'held_out'"
             )
-        mode = wishes.settings(wishes.chosen_rule, opened.index.family).mode
-        if wishes.max_loss is not None and mode == "refit":
-            unknowns = opened.index.shape.intermediate_size  # the least cut is tried
-            _require_tokens(corpora, unknowns, expert, wishes.dimension_weights)
         started = time.monotonic()
         stores = wishes.stores or (scored(opened, expert, corpora, progress),)
         seconds["score"] = time.monotonic() - started
         started = time.monotonic()
         ranks = opened.workspace.ranks
         if wishes.max_loss is not None:
-            limit = wishes.max_loss
+            limit, known = wishes.max_loss, KnownLosses.of(opened, corpora, settings)
             return written_together(
                 ranks,
                 lambda write: largest_within_loss(
-                    _planner_of(opened, corpora, stores, wishes), limit, out, write
+                    _planner_of(opened, corpora, stores, wishes), limit, out, write, known
                 ),
                 lambda made, folder: _write(opened, expert, corpora, folder, made, wishes, seconds, progress),
             )
@@ -333,7 +346,7 @@ def _write(
 
     settings = wishes.settings(made.rule, opened.index.family, edited=made.budget == EDITED)
     if settings.mode == "refit":
-        _require_tokens(corpora, made.after.intermediate_size, expert, wishes.dimension_weights)
+        _tell_few_tokens(corpora, made.after.intermediate_size, expert, wishes.dimension_weights)
     log.info("%s", plan_sentence(made))
     return write_expert(
         opened.index,
@@ -422,8 +435,12 @@ def _given_plan(plan: StrPath | Plan, opened: OpenModel, refit: bool) -> Plan:
     return checked_plan(made, opened.index, opened.model_hash, refit=refit)
 
 
-def _require_tokens(corpora: Corpora, unknowns: int, expert: Expert, weights: Mapping[str, float]) -> None:
-    """Raise ``CorpusError`` when the least squares would have fewer tokens that weigh than unknowns."""
+def _tell_few_tokens(corpora: Corpora, unknowns: int, expert: Expert, weights: Mapping[str, float]) -> None:
+    """Say when the least squares have fewer tokens that weigh than unknowns.
+
+    They have a solution all the same, which the ridge holds near the original weights; a document set apart
+    decides whether it is better than these.
+    """
     tokens = sum(
         len(document.token_ids)
         for document in corpora.calibration
@@ -431,8 +448,11 @@ def _require_tokens(corpora: Corpora, unknowns: int, expert: Expert, weights: Ma
     )
     if tokens < unknowns:
         weighing = " with a weight above 0" if tokens < corpora.calibration_tokens else ""
-        raise CorpusError(
-            f"the corpora of {expert.name!r} have {tokens} calibration tokens{weighing}, fewer "
-            f"than the {unknowns} FFN channels of a block that the refit solves for; add documents, or "
-            "prune without the refit"
+        log.info(
+            "note: the corpora of %r have %d calibration tokens%s, fewer than the %d FFN channels of a block "
+            "that the refit solves for; more documents make a better expert",
+            expert.name,
+            tokens,
+            weighing,
+            unknowns,
         )

@@ -25,6 +25,7 @@ from cusprun.pipeline.original import original_likelihoods
 from cusprun.pipeline.speed import MeasureSpeed, measure_speed
 from cusprun.pipeline.stages import OpenModel, as_expert, corpora_of, open_model, prune_opened, scored
 from cusprun.pipeline.wishes import PruneWishes, texts_of
+from cusprun.pipeline.workspaces import workspace_of
 from cusprun.progress import SILENT, Progress
 from cusprun.records import Corpora, Expert, Plan, TokenizedDocument
 from cusprun.resolve import StrPath
@@ -50,6 +51,8 @@ def sweep(
     measure: MeasureSpeed = measure_speed,
     keep: bool = False,
     device: str = DEFAULT_DEVICE,
+    memory: int | str | None = None,
+    workdir: StrPath | None = None,
     progress: Progress = SILENT,
 ) -> SweepReport:
     """Measure how quality falls with size: one expert for each ratio, scored once; write the curve.
@@ -60,7 +63,7 @@ def sweep(
     matplotlib is installed, ``sweep.png``. Interrupted and called again, it continues from the finished
     ratios; called with other ratios, also while another call is at work in ``out``, it adds to the curve,
     which is returned whole. A curve of other inputs, or measured on another kind of ``device`` (that of
-    :func:`cusprun.score`), is never replaced.
+    :func:`cusprun.score`, as are ``memory`` and ``workdir``), is never replaced.
 
     ``exports``, like ``gguf:q4_k_m``, add the frontier: the original and each expert are exported, weighed,
     measured on the same documents in the export's own runtime, and timed by ``measure`` with the options
@@ -76,7 +79,8 @@ def sweep(
         MissingDependencyError: what an export is measured in is not installed.
         ModelError: the model is missing, damaged or holds weights that are not finite.
         OutputError: ``out`` is something else than a curve of the same inputs, or cannot be written.
-        UserError: the rule, a target, an export or a kind of unit is unknown, or no ratio is given.
+        UserError: the rule, a target, an export or a kind of unit is unknown, no ratio is given, or the
+            memory is too little.
     """
     ordered = _ordered(ratios)
     wishes = PruneWishes(
@@ -92,11 +96,12 @@ def sweep(
     if speed is not None:
         speed.check()
     require_runtimes(specs)
+    workspace = workspace_of(memory, workdir=workdir)
     where = open_device(device)
     folder = CurveFolder.checked(expand_home(out))
     chosen = as_expert(expert)
     wishes.check_dimensions(chosen)
-    opened = open_model(model, progress, where)
+    opened = open_model(model, progress, where, workspace)
     wishes.check_family(opened.index.family, wishes.chosen_rule)
     corpora = corpora_of(opened, chosen, progress)
     sets = measured_sets(corpora, chosen)
@@ -293,7 +298,13 @@ class _Job:
         started = time.monotonic()
         index, documents = open_checkpoint(made), self._documents
         base = original_likelihoods(self.opened, documents, self.progress)
-        own = measure_likelihood(index, documents, device=self.opened.device, progress=self.progress)
+        own = measure_likelihood(
+            index,
+            documents,
+            device=self.opened.device,
+            workspace=self.opened.workspace,
+            progress=self.progress,
+        )
         return CurvePoint(
             ratio=plan.ratio,
             block_ratio=plan.block_ratio,

@@ -23,6 +23,7 @@ from cusprun.pruning.card import model_card
 from cusprun.pruning.dense_stream import check_target
 from cusprun.pruning.fitted_blocks import BlockOf, fitted_blocks, refit_key
 from cusprun.pruning.refit import RefitSettings
+from cusprun.pruning.refit_memory import refitting
 from cusprun.pruning.rewrite import (
     DEFAULT_SETTINGS,
     WrittenWeights,
@@ -38,6 +39,7 @@ from cusprun.quality.likelihood import (
 )
 from cusprun.records import Corpora, Expert, Manifest, Plan, TokenizedDocument
 from cusprun.version import __version__
+from cusprun.walk.budget import batching_within
 from cusprun.walk.device import CPU, Device
 from cusprun.walk.fallback import Batching, with_smaller_batches
 from cusprun.walk.shell import load_config
@@ -100,7 +102,7 @@ def write_expert(
         PlanError: the rule adds biases that the family has no place for, or the family has no use for the
             refit target.
         CorpusError: there is no calibration document to choose the refit target on.
-        UserError: there is no such refit target.
+        UserError: there is no such refit target, or the memory of ``workspace`` is too little.
         DeviceError: the device has too little memory, in smaller batches too.
     """
     compensating_flags(index, plan, settings)
@@ -130,7 +132,10 @@ def write_expert(
 
     ranks = workspace.ranks
     running: dict[str, Any] = {"device": device, "workspace": workspace, "progress": progress}
-    return with_smaller_batches(device, work)
+    lengths = [len(document.token_ids) for document in corpora.calibration]
+    demand = refitting(index, lengths, settings, workspace.memory_bytes)
+    batching = batching_within(workspace.memory_bytes, demand)
+    return with_smaller_batches(device, work, batching)
 
 
 def _describe(index: CheckpointIndex, folder: Path, manifest: Manifest) -> None:
@@ -205,7 +210,7 @@ def expert_config(index: CheckpointIndex, plan: Plan, flags: Sequence[str] = ())
     return {
         **index.config,
         **(
-            _cut_blocks(index, plan.kept_blocks)
+            cut_blocks(index, plan.kept_blocks)
             if after.num_hidden_layers != plan.before.num_hidden_layers
             else {}
         ),
@@ -217,7 +222,7 @@ def expert_config(index: CheckpointIndex, plan: Plan, flags: Sequence[str] = ())
     }
 
 
-def _cut_blocks(index: CheckpointIndex, kept: Sequence[int]) -> dict[str, Any]:
+def cut_blocks(index: CheckpointIndex, kept: Sequence[int]) -> dict[str, Any]:
     """Return the config keys that change when only the blocks ``kept`` stay."""
     config: dict[str, Any] = dict(index.config)
     count = index.shape.num_hidden_layers

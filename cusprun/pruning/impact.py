@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import torch
 
+_PRODUCT_ELEMENTS = 1 << 23
+"""Entries of the products of groups in memory at one time, 34 MB: short documents come in large batches."""
+
 
 def masked_channels(channels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Return [documents, tokens, channels] with zeros where ``mask`` [documents, tokens] is false."""
@@ -64,14 +67,30 @@ def head_impacts(
     Returns:
         Impacts of heads [documents, heads] and of groups [documents, groups], in the units of the output.
     """
-    documents, tokens, width = channels.shape
+    width = channels.shape[-1]
     block = head_dim * heads_per_group
     groups = width // block
     masked = channels if mask is None else masked_channels(channels, mask)
-    blocks = masked.view(documents, tokens, groups, block).transpose(1, 2)
-    gram = blocks.transpose(-1, -2) @ blocks  # [documents, groups, block, block]
     columns = weight.view(-1, groups, block).permute(1, 2, 0)
-    product = gram * (columns @ columns.transpose(-1, -2))
+    within = columns @ columns.transpose(-1, -2)  # [groups, block, block]
+    step = max(1, _PRODUCT_ELEMENTS // within.numel())
+    found = [_group_impacts(part, within, heads_per_group) for part in torch.split(masked, step)]
+    heads, whole = zip(*found, strict=True)
+    return torch.cat(heads), torch.cat(whole)
+
+
+def _group_impacts(
+    masked: torch.Tensor, within: torch.Tensor, heads_per_group: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what :func:`head_impacts` does, of documents whose products are in memory at one time.
+
+    ``within`` is W^T W of each group's columns, [groups, block, block].
+    """
+    documents, tokens, _ = masked.shape
+    groups, block, _ = within.shape
+    head_dim = block // heads_per_group
+    blocks = masked.view(documents, tokens, groups, block).transpose(1, 2)
+    product = (blocks.transpose(-1, -2) @ blocks).mul_(within)  # [documents, groups, block, block]
     # A head is a diagonal block of its group's product.
     heads = product.view(documents, groups, heads_per_group, head_dim, heads_per_group, head_dim)
     head_squares = torch.diagonal(heads.sum(dim=(3, 5)), dim1=-2, dim2=-1)

@@ -91,6 +91,8 @@ class Inputs:
 
         ``judged`` is true at tokens that are only judged on: bool [tokens].
         """
+        if not len(rows):
+            return
         fitted = torch.where(judged, 0.0, weights)
         self._sums += (fitted.to(rows.dtype) @ rows).double()
         roots = weights.sqrt().unsqueeze(-1)
@@ -106,7 +108,9 @@ class Inputs:
             (self._fit, ~usual & ~judged, torch.float64),
             (self._apart, usual & judged, torch.float32),
         ):
-            if bool(chosen.any()):
+            if bool(chosen.all()):  # as of most batches; no copy of them
+                tokens.add(rows.to(dtype), drift)
+            elif bool(chosen.any()):
                 tokens.add(rows[chosen].to(dtype), None if drift is None else drift[chosen])
 
     def _usual(self, rows: torch.Tensor, drift: torch.Tensor | None) -> torch.Tensor:
@@ -118,12 +122,14 @@ class Inputs:
         squares = [torch.linalg.vector_norm(rows, dim=-1).square()]
         if drift is not None:
             squares.append(torch.linalg.vector_norm(drift, dim=-1).square())
+        if self._limits is None and not bool((squares[0] > 0).any()):
+            return torch.ones_like(squares[0], dtype=torch.bool)
         limits = self._limits_by(lambda: [_limit(each) for each in squares])
         usual = [each <= limit for each, limit in zip(squares, limits, strict=False)]
         return usual[0] if drift is None else torch.logical_and(*usual)
 
     def _limits_by(self, squares: Callable[[], list[float]]) -> tuple[float, float]:
-        """Return the limits of the first rank's first batch, whatever this one's are.
+        """Return the limits of the first rank's first batch with tokens, whatever this one's are.
 
         Batches come longest documents first, and a batch of first tokens alone would hold nothing but
         outliers. A limit that every batch had its own of would depend on how they are spread over ranks.

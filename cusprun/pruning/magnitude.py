@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import reduce
 
 import torch
 
@@ -10,6 +11,8 @@ from cusprun.families import TensorSpec, axis_length
 from cusprun.records import Shape
 
 _UNIT_AXES = ("ffn", "heads", "kv")
+_CHUNK_ELEMENTS = 1 << 20
+"""Weights that are squared in float64 at one time, 16 MB: a whole matrix of an 8B model would be 0.9 GB."""
 
 
 def axis_squares(tensors: Iterable[tuple[TensorSpec, torch.Tensor]], shape: Shape) -> dict[str, torch.Tensor]:
@@ -24,15 +27,23 @@ def axis_squares(tensors: Iterable[tuple[TensorSpec, torch.Tensor]], shape: Shap
             parts = name.split("+")
             if not set(parts) & set(_UNIT_AXES):
                 continue
-            others = [other for other in range(tensor.dim()) if other != axis]
-            along = tensor.double().square()
-            along = along.sum(dim=others) if others else along
+            along = squares_along(tensor, axis)
             for part, piece in zip(
                 parts, along.split_with_sizes([axis_length(p, shape) for p in parts]), strict=True
             ):
                 if part in _UNIT_AXES:
                     squares[part] = squares[part] + piece if part in squares else piece
     return squares
+
+
+def squares_along(tensor: torch.Tensor, axis: int) -> torch.Tensor:
+    """Return the squares of a tensor's entries, added up over every axis but one: float64 [length]."""
+    others = [other for other in range(tensor.dim()) if other != axis]
+    if not others:
+        return tensor.double().square()
+    step = max(1, _CHUNK_ELEMENTS // max(1, tensor[0].numel()))
+    parts = (chunk.double().square().sum(dim=others) for chunk in torch.split(tensor, step))
+    return torch.cat(list(parts)) if axis == 0 else reduce(torch.add, parts)
 
 
 def unit_squares(tensors: Iterable[tuple[TensorSpec, torch.Tensor]], shape: Shape) -> dict[str, torch.Tensor]:

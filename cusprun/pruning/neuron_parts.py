@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from cusprun.families import TensorSpec, axis_length
+from cusprun.pruning.magnitude import squares_along
 from cusprun.records import Shape
 
 
@@ -52,7 +53,7 @@ def neuron_squares(
     held = {spec.name: (spec, tensor) for spec, tensor in tensors}
     squares: dict[str, torch.Tensor] = {}
     for stretch in neuron_stretches([spec for spec, _ in held.values()], shape):
-        tensor = held[stretch.name][1].narrow(stretch.axis, stretch.start, stretch.length).double()
-        along = tensor.square().movedim(stretch.axis, 0).reshape(stretch.length, -1).sum(dim=1)
+        tensor = held[stretch.name][1].narrow(stretch.axis, stretch.start, stretch.length)
+        along = squares_along(tensor, stretch.axis)
         squares[stretch.kind] = squares.get(stretch.kind, torch.zeros_like(along)) + along
     return squares

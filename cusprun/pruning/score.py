@@ -14,10 +14,11 @@ from cusprun.checkpoint.output import refuse_existing
 from cusprun.families import Modules, TensorSpec
 from cusprun.progress import SILENT, Progress
 from cusprun.pruning.impact import block_impacts, channel_norms, channel_sums, head_impacts, masked_channels
-from cusprun.pruning.magnitude import unit_squares
+from cusprun.pruning.magnitude import squares_along, unit_squares
 from cusprun.pruning.score_walk import Arrays, scored_layers, store_info
 from cusprun.records import Corpora
 from cusprun.walk.batches import Batch
+from cusprun.walk.budget import batching_within, scoring
 from cusprun.walk.device import CPU, Device
 from cusprun.walk.fallback import Batching, with_smaller_batches
 from cusprun.walk.shell import DecoderShell
@@ -44,6 +45,7 @@ def score_model(
         DeviceError: the device has too little memory, in smaller batches too.
         ModelError: weights cannot be read or are not finite.
         OutputError: ``out`` exists already or cannot be written.
+        UserError: the memory of ``workspace`` is too little.
     """
     info = store_info(
         index,
@@ -68,7 +70,9 @@ def score_model(
         ) as scored:
             workspace.ranks.from_first(lambda: scored.write(out))
 
-    with_smaller_batches(device, work)
+    lengths = [len(document.token_ids) for document in corpora.calibration]
+    batching = batching_within(workspace.memory_bytes, scoring(index, lengths))
+    with_smaller_batches(device, work, batching)
     return out
 
 
@@ -88,7 +92,7 @@ def _score_block(
         "mlp": block.get_parameter(f"{modules.mlp_output}.weight"),
     }
     for name, weight in weights.items():
-        arrays[f"{name}.column_squares"] = fetch(weight.double().square().sum(dim=0))
+        arrays[f"{name}.column_squares"] = fetch(squares_along(weight, 1))
     for kind, squares in unit_squares(block_tensors(shell.index, layer, block), shape).items():
         arrays[f"{kind}.weight_squares"] = fetch(squares)
     column_norms = put(arrays["mlp.column_squares"].sqrt().float())

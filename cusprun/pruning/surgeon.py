@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from cusprun.pruning.least_squares import Metric
-from cusprun.pruning.triangle import factored
+from cusprun.pruning.triangle import factored, spans
 from cusprun.walk.scratch import IN_MEMORY, Scratch
 
 ROUNDS = 16
@@ -41,9 +41,10 @@ def choose_channels(
         scratch: where W in float32 and E in float64 lie.
     """
     width = weight.shape[1]
-    current = scratch.copied(weight, torch.float32)
+    current = scratch.copied(weight.T, torch.float32)  # of a channel, all is in one place
     if metric.moved is not None:
-        current += metric.moved
+        for start, stop in spans(width):
+            current[start:stop].add_(metric.moved[:, start:stop].T)
     eliminated = scratch.zeros((width, width - count), device=weight.device)
     diagonal = metric.inverse.diagonal()
     stays = torch.ones(width, dtype=torch.bool, device=weight.device)
@@ -52,7 +53,7 @@ def choose_channels(
         leaving = round((width - count) * step / rounds) - done
         if not leaving:
             continue
-        cost = torch.linalg.vector_norm(current, dim=0).double().square() / diagonal.clamp_min(
+        cost = torch.linalg.vector_norm(current, dim=1).double().square() / diagonal.clamp_min(
             torch.finfo(diagonal.dtype).tiny
         )
         gone = torch.sort(torch.where(stays, cost, torch.inf), stable=True).indices[:leaving]
@@ -61,7 +62,8 @@ def choose_channels(
         block = columns[gone]
         factor = factored(block, _JITTER * float(block.diagonal().mean()))
         fresh = factor.forward(columns)
-        current.addmm_(factor.forward(current[:, gone].double()).float(), fresh.T.float(), alpha=-1)
+        moved = factor.forward(current[gone].T.double())
+        current.addmm_(fresh.float(), moved.T.float(), alpha=-1)
         diagonal -= fresh.square().sum(dim=1)
         eliminated[:, done : done + leaving] = fresh
         stays[gone] = False

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 
 import torch
 
-_BLOCK = 256
+_BLOCK = 192
+"""Rows of a block: products of these reach the full rate, and little beyond a triangle is computed."""
 _RIDGE_STEPS = 12
 
 
-def spans(size: int, block: int = _BLOCK) -> list[tuple[int, int]]:
+def spans(size: int, block: int | None = None) -> list[tuple[int, int]]:
     """Return the first position and the one behind the last of each block of ``size`` entries."""
+    block = block or _BLOCK
     return [(start, min(start + block, size)) for start in range(0, size, block)]
 
 
@@ -34,8 +36,16 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
     """Add ``left^T right`` to ``total`` in place, with products in their own type; [k, m] and [k, n]."""
     if left.dtype == total.dtype:
         total.addmm_(left.T, right)
-    else:
-        total.add_(left.T @ right)
+        return
+    for start, stop in spans(len(total)):
+        total[start:stop].add_(left[:, start:stop].T @ right)
+
+
+def dot(left: torch.Tensor, right: torch.Tensor) -> float:
+    """Return the sum of the products of entries of two matrices, summed in float64."""
+    return sum(
+        float((left[start:stop].double() * right[start:stop]).sum()) for start, stop in spans(len(left))
+    )
 
 
 def columns_of(matrix: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -103,35 +113,36 @@ class Factor:
                 block = own[row] @ matrix[top:bottom, start:stop]
                 block.addmm_(matrix[top:bottom, stop:top], matrix[stop:top, start:stop])
                 matrix[top:bottom, start:stop] = -(block @ own[column])
+            matrix[start:stop, start:stop] = matrix[start:stop, start:stop].triu() + own[column].tril(-1)
         return Inverse(matrix, own)
 
 
 @dataclass(frozen=True)
 class Inverse:
-    """(A + ridge * I)^-1 = M^T M by M = L^-1, which stands where L stood."""
+    """(A + ridge * I)^-1 = M^T M by M = L^-1, which stands below the diagonal of ``matrix``.
+
+    ``blocks`` are those on the diagonal, with it.
+    """
 
     matrix: torch.Tensor
-    diagonal_blocks: list[torch.Tensor]
+    blocks: list[torch.Tensor]
 
     def diagonal(self) -> torch.Tensor:
         """Return the entries on the diagonal: [n]."""
         return torch.cat(
             [
                 own.square().sum(dim=0) + torch.linalg.vector_norm(self.matrix[stop:, start:stop], dim=0) ** 2
-                for (start, stop), own in zip(spans(len(self.matrix)), self.diagonal_blocks, strict=True)
+                for (start, stop), own in zip(spans(len(self.matrix)), self.blocks, strict=True)
             ]
         )
 
     def columns(self, index: torch.Tensor) -> torch.Tensor:
         """Return some columns: [n, k] for ``index`` [k]."""
-        edges = spans(len(self.matrix))
-        roots = self.matrix.new_zeros(len(self.matrix), len(index))
-        for (start, stop), own in zip(edges, self.diagonal_blocks, strict=True):
-            left = self.matrix[start:stop][:, index]
-            within = own[:, (index - start).clamp(0, stop - start - 1)]
-            roots[start:stop] = torch.where(index < start, left, torch.where(index < stop, within, 0.0))
+        rows = torch.arange(len(self.matrix), device=index.device)
+        roots = torch.where(index < rows.unsqueeze(1), self.matrix[:, index], 0.0)
+        roots[index, rows[: len(index)]] = torch.cat([own.diagonal() for own in self.blocks])[index]
         found = torch.empty_like(roots)
-        for (start, stop), own in zip(edges, self.diagonal_blocks, strict=True):
+        for (start, stop), own in zip(spans(len(self.matrix)), self.blocks, strict=True):
             part = own.T @ roots[start:stop]
             found[start:stop] = part.addmm_(self.matrix[stop:, start:stop].T, roots[stop:])
         return found

@@ -8,22 +8,25 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from cusprun.checkpoint.index import CheckpointIndex
-from cusprun.checkpoint.reader import read_tensor
-from cusprun.errors import CorpusError
+from cusprun.errors import CorpusError, ModelError
 from cusprun.progress import SILENT, Advance, Progress
+from cusprun.quality.head import Head, predictions
 from cusprun.records import TokenizedDocument
 from cusprun.walk.batches import Batch, make_batches
+from cusprun.walk.budget import batching_within, measuring
 from cusprun.walk.device import CPU, Device
 from cusprun.walk.fallback import Batching, with_smaller_batches
 from cusprun.walk.shell import DecoderShell
 from cusprun.walk.spill import Spill, spilled
 from cusprun.walk.workspace import DEFAULT_WORKSPACE, Workspace
 
-_HEAD_ROWS = 256
-"""Tokens whose logits exist at one time: 256 x 262,144 float32 is 0.27 GB."""
+HEAD_TOKENS = 2048
+"""Tokens that go through the head at one time; each piece of it is cast once for all of them."""
+
+_SUMS = ("tokens", "negative_log_likelihood", "divergence", "agreements", "reference_negative_log_likelihood")
+"""What is added up over a document's predicted tokens, in the order of :class:`DocumentLikelihood`."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +69,23 @@ def measure_likelihood(
     Raises:
         CorpusError: there are no documents.
         DeviceError: the device has too little memory, in smaller batches too.
-        ModelError: weights cannot be read or are not finite.
+        ModelError: weights cannot be read or are not finite, or the reference has another vocabulary.
+        UserError: the memory of ``workspace`` is too little.
     """
     if not documents:
         raise CorpusError("there are no documents to measure on; give the expert more held-out documents")
+    if reference is not None and reference.shape.vocab_size != index.shape.vocab_size:
+        raise ModelError(
+            f"{index.folder} has a vocabulary of {index.shape.vocab_size:,} entries and {reference.folder} "
+            f"one of {reference.shape.vocab_size:,}, so their predictions cannot be compared; evaluate them "
+            "one by one"
+        )
     models = (index,) if reference is None else (index, reference)
+    lengths = [len(document.token_ids) for document in documents]
     return with_smaller_batches(
-        device, lambda batching: _likelihoods(models, documents, batching, device, workspace, progress)
+        device,
+        lambda batching: _likelihoods(models, documents, batching, device, workspace, progress),
+        batching_within(workspace.memory_bytes, measuring(models, lengths)),
     )
 
 
@@ -85,36 +98,25 @@ def _likelihoods(
     progress: Progress,
 ) -> tuple[DocumentLikelihood, ...]:
     """Measure the first of ``models``, with the second as its reference if there is one."""
-    batches = make_batches(documents, batching.tokens)
+    ranks = workspace.ranks
+    batches = ranks.share(make_batches(documents, batching.tokens))
     steps = sum(model.shape.num_hidden_layers for model in models) + len(batches)
     with ExitStack() as stack:
         stack.enter_context(device.exact())
         advance = stack.enter_context(progress.stage(f"measuring quality{batching.note}", steps))
-        heads = []
+        streams = []
         for model in models:
             width = model.shape.hidden_size
             hidden = stack.enter_context(spilled(batches, width, workspace.folder, device=device))
-            heads.append(_Head(_run_blocks(model, batches, hidden, device, advance), hidden))
-        results: dict[int, DocumentLikelihood] = {}
+            streams.append((Head(_run_blocks(model, batches, hidden, device, advance)), hidden))
+        heads = [head for head, _ in streams]
+        sums = torch.zeros(len(documents), len(_SUMS), dtype=torch.float64)
         for position, batch in enumerate(batches):
-            for row, document in enumerate(batch.documents):
-                results[document] = _measure(heads, batch, position, row)
+            states = [hidden.read(position) for _, hidden in streams]
+            sums[list(batch.documents)] = _measure(heads, states, batch)
             advance(1)
-    return tuple(results[document] for document in range(len(documents)))
-
-
-class _Head:
-    """The final norm and output projection of one model, over its spilled last hidden states."""
-
-    def __init__(self, shell: DecoderShell, hidden: Spill) -> None:
-        self._hidden = hidden
-        self._norm = shell.load_norm()
-        self._weight = shell.device.put(read_tensor(shell.index, shell.index.head_name)).float()
-
-    def log_probs(self, position: int, row: int, tokens: slice) -> torch.Tensor:
-        """Return log-probabilities of some tokens of one document: float32 [tokens, vocab_size]."""
-        hidden = self._norm(self._hidden.read_document(position, row, tokens))
-        return torch.log_softmax(nn.functional.linear(hidden, self._weight), dim=-1)
+    # Every document is measured on one rank, and zero on the others.
+    return tuple(_likelihood(row) for row in ranks.add(sums).tolist())
 
 
 def _run_blocks(
@@ -133,18 +135,33 @@ def _run_blocks(
 
 
 @torch.inference_mode()
-def _measure(heads: Sequence[_Head], batch: Batch, position: int, row: int) -> DocumentLikelihood:
-    length = int(batch.mask[row].sum())
-    nll = divergence = reference_nll = 0.0
-    agreements = 0
-    for start in range(0, length - 1, _HEAD_ROWS):
-        stop = min(start + _HEAD_ROWS, length - 1)
-        own = heads[0].log_probs(position, row, slice(start, stop))
-        following = batch.token_ids[row, start + 1 : stop + 1].to(own.device)
-        nll -= float(own.gather(1, following.unsqueeze(1)).double().sum())
-        for reference in heads[1:]:
-            theirs = reference.log_probs(position, row, slice(start, stop))
-            divergence += float((theirs.exp() * (theirs - own)).double().sum())
-            reference_nll -= float(theirs.gather(1, following.unsqueeze(1)).double().sum())
-            agreements += int((theirs.argmax(dim=-1) == own.argmax(dim=-1)).sum())
-    return DocumentLikelihood(length - 1, nll, divergence, agreements, reference_nll)
+def _measure(heads: Sequence[Head], states: Sequence[torch.Tensor], batch: Batch) -> torch.Tensor:
+    """Return the sums of one batch's documents, as ``_SUMS`` names them: float64 [documents, sums].
+
+    ``states`` are the last hidden states of each model, [documents, tokens, hidden_size].
+    """
+    device = states[0].device
+    predicting = batch.mask[:, 1:]
+    rows = torch.arange(len(batch.documents)).unsqueeze(1).expand_as(predicting)[predicting]
+    following = batch.token_ids[:, 1:][predicting].to(device)
+    mask = predicting.to(device)
+    sums = torch.zeros(len(batch.documents), len(_SUMS), dtype=torch.float64)
+    chosen = [hidden[:, :-1][mask] for hidden in states]
+    for start in range(0, len(rows), HEAD_TOKENS):
+        part = slice(start, start + HEAD_TOKENS)
+        own, *references = predictions(heads, [hidden[part] for hidden in chosen], following[part])
+        columns = [torch.ones_like(own.negative_log_likelihood()), own.negative_log_likelihood()]
+        for reference in references:
+            columns += [
+                reference.divergence(own),
+                (reference.top == own.top).double(),
+                reference.negative_log_likelihood(),
+            ]
+        found = torch.stack(columns, dim=1).cpu()
+        sums[:, : found.shape[1]].index_add_(0, rows[part], found)
+    return sums
+
+
+def _likelihood(sums: Sequence[float]) -> DocumentLikelihood:
+    tokens, nll, divergence, agreements, reference_nll = sums
+    return DocumentLikelihood(round(tokens), nll, divergence, round(agreements), reference_nll)

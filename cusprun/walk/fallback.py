@@ -17,8 +17,8 @@ from cusprun.walk.device import Device
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-SMALLER_BATCH_TOKENS = DEFAULT_BATCH_TOKENS // 4
-"""Padded tokens per batch at the second try; activations, and no weights, shrink with it."""
+_SMALLER = 4
+"""A second try has batches smaller by this; activations, and no weights, shrink with them."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,10 @@ class Batching:
 
     tokens: int = DEFAULT_BATCH_TOKENS
     note: str = ""
+
+    def smaller(self, note: str) -> Batching:
+        """Return a quarter of it, for a second try that ``note`` gives the reason of."""
+        return Batching(max(1, self.tokens // _SMALLER), note)
 
     def share_of(self, count: int) -> int:
         """Return how many of the ``count`` things of a usual batch make one of these, at least 1."""
@@ -38,22 +42,26 @@ DEFAULT_BATCHING = Batching()
 _SIGNS = ("CUBLAS_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
 
 
-def with_smaller_batches(device: Device, work: Callable[[Batching], T]) -> T:
+def with_smaller_batches(
+    device: Device, work: Callable[[Batching], T], batching: Batching = DEFAULT_BATCHING
+) -> T:
     """Return what ``work`` returns, done again from its start in smaller batches when memory is short.
+
+    ``batching`` is that of the first try.
 
     Raises:
         DeviceError: the device runs out of memory again.
     """
     try:
         with _told_as_one():
-            return work(DEFAULT_BATCHING)
+            return work(batching)
     except torch.OutOfMemoryError:
         pass  # and out of the clause, for the error keeps the tensors of its frames alive
     device.free()
     note = f", again in smaller batches because {device.name} ran out of memory"
     try:
         with _told_as_one():
-            return work(Batching(SMALLER_BATCH_TOKENS, note))
+            return work(batching.smaller(note))
     except torch.OutOfMemoryError:
         raise DeviceError(
             f"{device.name} has too little memory, for a quarter of the usual batch too; free some of it, "

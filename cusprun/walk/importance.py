@@ -15,10 +15,12 @@ from cusprun.errors import CorpusError, ModelError
 from cusprun.progress import SILENT, Progress
 from cusprun.records import TokenizedDocument
 from cusprun.walk.batches import Batch, make_batches
+from cusprun.walk.budget import batching_within, walking
 from cusprun.walk.device import CPU, Device
 from cusprun.walk.fallback import Batching, with_smaller_batches
 from cusprun.walk.shell import DecoderShell
 from cusprun.walk.spill import Spill, spilled
+from cusprun.walk.workspace import DEFAULT_WORKSPACE, Workspace
 
 HEAD = "lm_head"
 """The key of the head's input, whether or not the head has a matrix of its own."""
@@ -32,6 +34,7 @@ def importance_of(
     progress: Progress = SILENT,
     *,
     device: Device = CPU,
+    workspace: Workspace = DEFAULT_WORKSPACE,
 ) -> _Means:
     """Return, for every linear layer, the mean over tokens of each input feature squared.
 
@@ -44,6 +47,7 @@ def importance_of(
         documents: token ids of the calibration documents; those without tokens are passed over.
         progress: told about each batch in each block.
         device: where the blocks run.
+        workspace: where hidden states lie, and how much memory the blocks may take.
 
     Returns:
         float32 ``[in_features]`` by module name (``model.layers.3.mlp.down_proj``), and ``lm_head`` for the
@@ -54,11 +58,17 @@ def importance_of(
         DeviceError: the device has too little memory, in smaller batches too.
         ModelError: weights cannot be read, a token is not in the vocabulary, or the model computes values
             that are not finite.
+        UserError: the memory of ``workspace`` is too little.
     """
     texts = [TokenizedDocument("", str(i), tuple(ids)) for i, ids in enumerate(documents) if len(ids)]
     if not texts:
         raise CorpusError("there are no calibration documents to find the important weights with")
-    return with_smaller_batches(device, lambda batching: _measure(index, texts, progress, device, batching))
+    demand = walking(index, [len(text.token_ids) for text in texts], "finding important weights")
+    return with_smaller_batches(
+        device,
+        lambda batching: _measure(index, texts, progress, device, workspace, batching),
+        batching_within(workspace.memory_bytes, demand),
+    )
 
 
 def _measure(
@@ -66,6 +76,7 @@ def _measure(
     texts: Sequence[TokenizedDocument],
     progress: Progress,
     device: Device,
+    workspace: Workspace,
     batching: Batching,
 ) -> _Means:
     batches = make_batches(texts, batching.tokens)
@@ -74,7 +85,7 @@ def _measure(
     name = f"finding important weights{batching.note}"
     with (
         device.exact(),
-        spilled(batches, width, device=device) as hidden,
+        spilled(batches, width, workspace.folder, device=device) as hidden,
         progress.stage(name, num_layers * len(batches), "batch") as advance,
     ):
         shell = DecoderShell(index, device)

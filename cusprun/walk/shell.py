@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from cusprun.checkpoint.index import CheckpointIndex
+from cusprun.checkpoint.prefetch import prefetch_layer
 from cusprun.checkpoint.reader import layer_tensors, read_tensor
 from cusprun.errors import ModelError
 from cusprun.walk.batches import Batch
@@ -40,8 +41,8 @@ class DecoderShell:
     def embed_into(self, hidden: Spill, batches: Sequence[Batch]) -> None:
         """Leave the input of block 0 in ``hidden``, one batch in memory at a time.
 
-        Only the rows of tokens that occur are cast, so a large vocabulary costs no float32 copy. The host
-        does this: it is a copy from its memory to its file.
+        Only the rows of a batch's tokens are cast, so that neither a large vocabulary nor a large corpus
+        costs memory. The host does this: it is a copy from one file to another.
 
         Raises:
             ModelError: a token has no row in the embedding.
@@ -55,18 +56,20 @@ class DecoderShell:
                 f"{self.index.folder}: its tokenizer gives the token {highest}, but the embedding has "
                 f"{table.shape[0]} rows; use the tokenizer that belongs to the model"
             )
-        used = torch.unique(torch.cat([batch.token_ids.flatten() for batch in batches]))
         embedding = copy.deepcopy(self._embedding)
         embedding.padding_idx = None
-        embedding.weight = nn.Parameter(table[used].float(), requires_grad=False)
         with torch.inference_mode():
             for position, batch in enumerate(batches):
+                used = torch.unique(batch.token_ids)
+                embedding.weight = nn.Parameter(table[used].float(), requires_grad=False)
                 hidden.write(position, embedding(torch.searchsorted(used, batch.token_ids)))
+        prefetch_layer(self.index, 0)
 
     def load_block(self, layer: int) -> nn.Module:
         """Return decoder block ``layer`` with its float32 weights; drop it to free them.
 
-        Weights travel in the type that they are stored in, and are cast on the device.
+        Weights travel in the type that they are stored in, and are cast on the device. The next block is read
+        ahead while this one computes.
         """
         prefix = self.index.family.layer_prefix(layer)
         weights = {
@@ -75,6 +78,7 @@ class DecoderShell:
         }
         block: nn.Module = copy.deepcopy(self._blocks[layer]).eval()
         _assign(block, weights)
+        prefetch_layer(self.index, layer + 1)
         return block
 
     def load_norm(self) -> nn.Module:

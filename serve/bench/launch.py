@@ -20,13 +20,16 @@ WORKER = (sys.executable, "-m", "serve.bench.worker")
 
 
 def subprocess_launch(run_limit_s: float, command: Sequence[str] = WORKER) -> Launch:
-    """Return the launcher that starts ``command`` for each job and stops it after ``run_limit_s``."""
+    """Return the launcher that starts ``command`` for each job and stops it after ``run_limit_s``.
+
+    The command's last argument is the current folder of this process; it starts in another one.
+    """
     root = Path(__file__).resolve().parents[2]  # so that -m finds the package wherever it is installed
 
     def launch(job: Job) -> Reply:
         try:
             done = subprocess.run(
-                list(command),
+                [*command, str(Path.cwd())],  # what the environment names may be named from there
                 input=json.dumps(to_plain(job)),
                 capture_output=True,
                 text=True,

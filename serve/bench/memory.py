@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from serve.bench.measurement import Memory
@@ -17,14 +18,15 @@ def memory_of(pids: Sequence[int], model: Path, proc: Path = _PROC) -> Memory:
 
     The peak is VmHWM where there is one. ru_maxrss only stands in for it: Linux carries the parent's resident
     set over ``exec`` into ru_maxrss, so a small worker that was started from a process with a model in memory
-    would report that process's size.
+    would report that process's size. Processes that have ended count nothing, since they hold nothing.
     """
+    pids = _living(pids, proc)
     peaks = [_kilobyte_field(proc / str(pid) / "status", "VmHWM") for pid in pids]
     shares = [_kilobyte_field(proc / str(pid) / "smaps_rollup", "Pss") for pid in pids]
     resident = [_kilobyte_field(proc / str(pid) / "smaps_rollup", "Rss") for pid in pids]
     mapped = [_mapped_bytes(proc / str(pid) / "smaps", model) for pid in pids]
     return Memory(
-        peak_bytes=_sum(peaks) or maxrss_bytes(),
+        peak_bytes=_sum(peaks) or maxrss_bytes() + _resident_bytes(set(pids) - {os.getpid()}),
         rss_bytes=_sum(resident) or _resident_bytes(pids),
         pss_bytes=_sum(shares),
         mapped_file_bytes=_sum(mapped),
@@ -49,6 +51,11 @@ def maxrss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def _living(pids: Sequence[int], proc: Path) -> Sequence[int]:
+    """Return the processes that have memory, which zombies have not; all where there is no /proc to tell."""
+    return [pid for pid in pids if _kilobyte_field(proc / str(pid) / "status", "VmHWM") is not None] or pids
+
+
 def _sum(parts: Sequence[int | None]) -> int | None:
     """Return the sum, or None when a part is not known: half a sum would look like a small model."""
     known = [part for part in parts if part is not None]
@@ -58,7 +65,11 @@ def _sum(parts: Sequence[int | None]) -> int | None:
 def _resident_bytes(pids: Iterable[int]) -> int:
     import psutil
 
-    return sum(int(psutil.Process(pid).memory_info().rss) for pid in pids)
+    total = 0
+    for pid in pids:
+        with suppress(psutil.Error):  # it has ended meanwhile
+            total += int(psutil.Process(pid).memory_info().rss)
+    return total
 
 
 def _kilobyte_field(path: Path, name: str) -> int | None:

@@ -8,7 +8,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cusprun.errors import (
@@ -24,9 +24,10 @@ from serve.bench import environment
 from serve.bench.engines import ENGINES
 from serve.bench.hardware import measure_hardware
 from serve.bench.launch import Launch, subprocess_launch
-from serve.bench.measurement import Fault, Job, Measurement, Reply
+from serve.bench.measurement import Fault, Job, Measurement
 from serve.bench.metrics import DECODE_SPEED, Metric, at, metrics_of
 from serve.bench.records import (
+    MAX_LOST_RUNS,
     SIDES,
     Artifact,
     BenchOptions,
@@ -37,12 +38,19 @@ from serve.bench.records import (
     Suite,
 )
 from serve.bench.roofline import Speeds, Work, roofline
-from serve.bench.statistics import compare_runs, is_precise, least_pairs, reduce_run, spread
+from serve.bench.statistics import (
+    compare_runs,
+    is_precise,
+    least_pairs,
+    measured_metrics,
+    reduce_run,
+    spread,
+    tested,
+)
 
 Clock = Callable[[], float]
 Hardware = Callable[[Sequence[int], int], Mapping[int, Speeds] | None]
 
-_MAX_LOST = 2  # a worker that dies three times will die again
 _FOREIGN_SHARE_LIMIT = 0.10
 _SPREAD_LIMIT = 0.20  # runs on a quiet machine stay within 0.12 of each other
 _CHUNK_BYTES = 1 << 24
@@ -52,7 +60,8 @@ _CHUNK_BYTES = 1 << 24
 class Target:
     """Two artifacts, files or folders, for one runtime; ``works`` are by side, for the roofline.
 
-    ``precision`` is how both are quantised, for people.
+    ``precision`` is how both are quantised, for people; ``parameters``, by side, count where the runtime does
+    not.
     """
 
     runtime: str
@@ -60,10 +69,18 @@ class Target:
     after: Path
     precision: str | None = None
     works: Mapping[str, Work] = field(default_factory=dict)
+    parameters: Mapping[str, int] = field(default_factory=dict)
 
     def path(self, side: str) -> Path:
-        """Return the artifact of a side."""
-        return self.before if side == SIDES[0] else self.after
+        """Return the artifact of a side, absolute."""
+        return (self.before if side == SIDES[0] else self.after).absolute()
+
+    def without_folders(self, text: str) -> str:
+        """Return text with the bare names of the artifacts: a report must not tell a user's folders."""
+        for path in map(self.path, SIDES):
+            for spelled in (path, path.resolve()):
+                text = text.replace(str(spelled), path.name)
+        return text
 
 
 def bench(
@@ -74,21 +91,23 @@ def bench(
     launch: Launch | None = None,
     clock: Clock = time.monotonic,
     hardware: Hardware = measure_hardware,
+    must_measure: bool = True,
 ) -> BenchReport:
     """Measure two models against each other in each target's runtime.
 
     Every run is a fresh process that loads, warms up and measures; the models take turns, in an order drawn
     from the seed for each pair, so that drift of the machine meets both alike. All files are read once
     beforehand, so load times are those of files in the page cache. A runtime that cannot be measured leaves
-    a suite that says why, unless it is the only one.
+    a suite that says why, unless none can and ``must_measure`` says so. One that stops working in the middle
+    leaves the pairs that it gave.
 
     Raises:
         ConfigError: an option cannot be.
         UserError: a runtime is unknown.
         ModelError: a file is missing, or the only runtime refuses it.
         MissingDependencyError: the only runtime is not installed.
-        MeasurementError: no runtime could be measured: a worker died, hung or answered nonsense more than
-            twice, or no pair was complete.
+        MeasurementError: no runtime could be measured: before the first complete pair a worker died, hung or
+            answered nonsense more than twice.
     """
     options = options or BenchOptions()
     options.check()
@@ -104,8 +123,10 @@ def bench(
         except (MeasurementError, ModelError, MissingDependencyError) as error:
             errors.append(error)
             suites.append(_failed_suite(target, error))
-    if len(errors) == len(targets):
-        raise errors[0] if errors else UserError("no runtime was named; name at least one, like llamacpp")
+    if not targets:
+        raise UserError("no runtime was named; name at least one, like llamacpp")
+    if must_measure and len(errors) == len(targets):
+        raise errors[0]
     return BenchReport(
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         options=options,
@@ -126,10 +147,7 @@ def _suite(
 ) -> Suite:
     kind = ENGINES[target.runtime]
     sizes = {side: _read_through(target.path(side)) for side in SIDES}
-    jobs = {
-        side: Job.of(target.runtime, str(target.path(side).absolute()), options, num_threads)
-        for side in SIDES
-    }
+    jobs = {side: Job.of(target.runtime, str(target.path(side)), options, num_threads) for side in SIDES}
     series = _Series(
         jobs=jobs,
         options=options,
@@ -154,7 +172,7 @@ def _suite(
         context_length=first["before"].context_length,
         comparisons=comparisons,
         runs=tuple(series.runs),
-        lost_runs=tuple(series.lost),
+        lost_runs=tuple(replace(one, reason=target.without_folders(one.reason)) for one in series.lost),
         noise=noise(foreign, series.runs, options),
         stopped=series.stopped,
         roofline=_roofline(target, options, comparisons, num_threads, hardware),
@@ -163,9 +181,7 @@ def _suite(
 
 
 def _failed_suite(target: Target, error: CusprunError) -> Suite:
-    before, after = (
-        Artifact(path.name, 0, None, None, target.precision) for path in (target.before, target.after)
-    )
+    before, after = (Artifact(target.path(side).name, 0, None, None, target.precision) for side in SIDES)
     return Suite(
         runtime=target.runtime,
         library=ENGINES[target.runtime].label,
@@ -179,14 +195,14 @@ def _failed_suite(target: Target, error: CusprunError) -> Suite:
         stopped="not measured",
         roofline=None,
         elapsed_s=0.0,
-        failure=str(error),
+        failure=target.without_folders(str(error)),
     )
 
 
 def _artifact(
     target: Target, side: str, sizes: Mapping[str, int], first: Mapping[str, Measurement]
 ) -> Artifact:
-    num_parameters = first[side].num_parameters
+    num_parameters = first[side].num_parameters or target.parameters.get(side)
     return Artifact(
         file_name=target.path(side).name,
         file_bytes=sizes[side],
@@ -258,8 +274,11 @@ class _Series:
                     self.stopped = f"the time limit of {self.time_limit_s:g} seconds"
                     return
                 measured = self._pair(pair, generator)
-                if len(self.lost) > _MAX_LOST or (over and self.lost and not self.num_pairs):
-                    raise self._given_up()
+                if len(self.lost) > MAX_LOST_RUNS or (over and self.lost and not self.num_pairs):
+                    if not self.num_pairs:
+                        raise self._given_up()
+                    self.stopped = f"{len(self.lost)} runs were lost"
+                    return
                 if len(measured) == len(SIDES):
                     self.first = self.first or measured
                     self.runs += [reduce_run(side, pair, measured[side], self.jobs[side]) for side in SIDES]
@@ -281,11 +300,10 @@ class _Series:
             return True
         if self.options.num_pairs or not self.num_pairs:
             return False
-        comparisons = compare_runs(self.runs, self.metrics, self.options.seed)
-        if self.num_pairs < least_pairs(sum(entry.p_value is not None for entry in comparisons)):
+        if self.num_pairs < least_pairs(len(tested(measured_metrics(self.runs, self.metrics)))):
             return False
-        speeds = [metric.name for metric in self.metrics if metric.is_speed]
-        if not is_precise(comparisons, speeds, self.options.precision):
+        speeds = [metric for metric in self.metrics if metric.is_speed]
+        if not is_precise(compare_runs(self.runs, speeds, self.options.seed), self.options.precision):
             return False
         self.stopped = f"the ratios of the speeds are known within {self.options.precision:.1%}"
         return True
@@ -296,20 +314,25 @@ class _Series:
         for side in generator.sample(SIDES, k=2):
             reply = self.launch(self.jobs[side])
             if reply.measurement is None:
-                self.lost.append(_lost_run(reply, side, pair, self.jobs[side]))
+                fault = reply.fault or Fault("crash", "the worker gave neither a measurement nor a fault")
+                if not self.num_pairs:
+                    _raise_if_hopeless(fault)
+                self.lost.append(LostRun(side, pair, _lost_reason(fault, self.jobs[side])))
                 break
             measured[side] = reply.measurement
         return measured
 
 
-def _lost_run(reply: Reply, side: str, pair: int, job: Job) -> LostRun:
-    """Turn a fault into a lost run, or raise it when trying again cannot help."""
-    fault = reply.fault or Fault("crash", "the worker gave neither a measurement nor a fault")
+def _raise_if_hopeless(fault: Fault) -> None:
+    """Raise a fault that trying again cannot help, as long as nothing was measured: then it can."""
     if fault.kind == "model":
         raise ModelError(fault.reason)
     if fault.kind == "dependency":
         raise MissingDependencyError(fault.reason)
-    return LostRun(side, pair, f"{fault.reason} (while measuring {Path(job.path).name})")
+
+
+def _lost_reason(fault: Fault, job: Job) -> str:
+    return f"{fault.reason} (while measuring {Path(job.path).name})"
 
 
 def noise(foreign_share: float, runs: Sequence[Run], options: BenchOptions) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -10,6 +11,9 @@ from cusprun.errors import ConfigError
 
 SIDES = ("before", "after")
 """The two models of a benchmark."""
+
+MAX_LOST_RUNS = 2
+"""Of one suite: a worker that dies three times will die again."""
 
 NO_DIFFERENCE = "no difference shown"
 TOO_FEW_PAIRS = "too few pairs to tell"
@@ -69,7 +73,7 @@ class BenchOptions:
         faults += [
             f"{name} must be over 0 {unit}, not {value:g}"
             for name, (value, unit) in amounts.items()
-            if value is not None and not value > 0
+            if value is not None and not 0 < value < math.inf
         ]
         if self.prompt_text is not None and not self.prompt_text.strip():
             faults.append("prompt_text is empty")
@@ -197,6 +201,14 @@ class Suite:
         """Pairs in which both models were measured."""
         return len(self.runs) // 2
 
+    @property
+    def given_up(self) -> str | None:
+        """Why fewer pairs were measured than were wanted, because of lost runs; None where they were not."""
+        if self.failure is not None or len(self.lost_runs) <= MAX_LOST_RUNS:
+            return None
+        last = self.lost_runs[-1].reason
+        return f"{len(self.lost_runs)} runs were lost, the last time because {last}"
+
     def comparison(self, metric: str) -> Comparison:
         """Return the comparison of one metric; raises ``KeyError`` for one that was not measured."""
         return {entry.metric: entry for entry in self.comparisons}[metric]
@@ -235,5 +247,5 @@ class BenchReport:
 
     @property
     def failed(self) -> bool:
-        """Whether a runtime could not be measured."""
-        return any(suite.failure is not None for suite in self.suites)
+        """Whether a runtime could not be measured, or not to the end."""
+        return any(suite.failure or suite.given_up for suite in self.suites)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 import statistics
 from collections.abc import Sequence
 
@@ -57,8 +56,10 @@ def order_statistic_rank(count: int, confidence: float = CONFIDENCE) -> int:
 
 def bootstrap_interval(values: Sequence[float], seed: int, resamples: int = RESAMPLES) -> tuple[float, float]:
     """Return the percentile bootstrap interval of the median, reproducible by ``seed``."""
-    generator = random.Random(seed)
-    medians = [statistics.median(generator.choices(values, k=len(values))) for _ in range(resamples)]
+    import numpy as np
+
+    draws = np.random.default_rng(seed).integers(0, len(values), size=(resamples, len(values)))
+    medians = np.median(np.asarray(values, np.float64)[draws], axis=1).tolist()
     tail = (1 - CONFIDENCE) / 2
     return quantile(medians, tail), quantile(medians, 1 - tail)
 
@@ -124,35 +125,57 @@ def corrected(p_values: Sequence[float]) -> list[float]:
     return found
 
 
-def verdict(metric: Metric, ratio: Interval, p_value: float | None, num_pairs: int, least: int) -> str:
-    """Say what the ratio after / before shows about ``metric``.
+def nothing_shown(
+    ratio: Interval, p_value: float | None, num_pairs: int, least: int, slack: float = 0.0
+) -> str | None:
+    """Say that a ratio shows no difference, None where it does.
 
-    A difference is shown when the interval leaves 1 out and the corrected p-value is at most 0.05; for a
-    metric with a resolution, when the interval leaves out all changes within that.
+    It does when its interval leaves out 1, and what is within ``slack`` of it, and the corrected p-value is
+    at most 0.05; from fewer than ``least`` pairs no test can tell.
     """
-    slack = metric.resolution or 0.0
     if ratio.low <= 1 + slack and ratio.high >= 1 - slack:
         return NO_DIFFERENCE
     if p_value is not None and p_value > 1 - CONFIDENCE:
         return TOO_FEW_PAIRS if num_pairs < least else NO_DIFFERENCE
+    return None
+
+
+def verdict(metric: Metric, ratio: Interval, p_value: float | None, num_pairs: int, least: int) -> str:
+    """Say what the ratio after / before shows about ``metric``.
+
+    For a metric with a resolution there is no test, and the interval must leave out all changes within that.
+    """
+    found = nothing_shown(ratio, p_value, num_pairs, least, metric.resolution or 0.0)
+    if found is not None:
+        return found
     improved = (ratio.median < 1) == (metric.better == "lower")
     return metric.better_word if improved else metric.worse_word
+
+
+def measured_metrics(runs: Sequence[Run], metrics: Sequence[Metric]) -> list[Metric]:
+    """Return the metrics that all of the runs have."""
+    return [metric for metric in metrics if all(metric.name in run.values for run in runs)]
+
+
+def tested(metrics: Sequence[Metric]) -> list[Metric]:
+    """Return the metrics that a test of difference is made for."""
+    return [metric for metric in metrics if metric.resolution is None]
 
 
 def compare_runs(runs: Sequence[Run], metrics: Sequence[Metric], seed: int) -> tuple[Comparison, ...]:
     """Compare every metric that all of the runs have; they come in complete pairs."""
     ordered = sorted(runs, key=lambda run: run.pair)
     sides = [[run.values for run in ordered if run.side == side] for side in ("before", "after")]
-    found = [metric for metric in metrics if all(metric.name in values for side in sides for values in side)]
+    found = measured_metrics(runs, metrics)
     columns = [[[values[metric.name] for values in side] for side in sides] for metric in found]
     ratios = [[b / a for a, b in zip(before, after, strict=True)] for before, after in columns]
-    tested = [number for number, metric in enumerate(found) if metric.resolution is None]
+    numbers = [number for number, metric in enumerate(found) if metric in tested(found)]
     p_values: list[float | None] = [None] * len(found)
     for number, value in zip(
-        tested, corrected([signed_rank_p_value(ratios[i]) for i in tested]), strict=True
+        numbers, corrected([signed_rank_p_value(ratios[i]) for i in numbers]), strict=True
     ):
         p_values[number] = value
-    num_pairs, least = len(sides[0]), least_pairs(len(tested)) if tested else 1
+    num_pairs, least = len(sides[0]), least_pairs(len(numbers)) if numbers else 1
     comparisons = []
     for metric, (before, after), pairs, p_value in zip(found, columns, ratios, p_values, strict=True):
         ratio = median_interval(pairs, seed)
@@ -172,9 +195,9 @@ def compare_runs(runs: Sequence[Run], metrics: Sequence[Metric], seed: int) -> t
     return tuple(comparisons)
 
 
-def is_precise(comparisons: Sequence[Comparison], speeds: Sequence[str], precision: float) -> bool:
-    """Whether the ratios of the named metrics are known within ``precision`` of themselves, half a width."""
-    ratios = [entry.ratio for entry in comparisons if entry.metric in speeds]
+def is_precise(comparisons: Sequence[Comparison], precision: float) -> bool:
+    """Whether all ratios are known within ``precision`` of themselves, half a width."""
+    ratios = [entry.ratio for entry in comparisons]
     return all((ratio.high - ratio.low) / 2 <= precision * ratio.median for ratio in ratios)
 
 

@@ -114,4 +114,7 @@ def answer(make_engine: Callable[[str], Engine] = open_engine) -> None:
 
 
 if __name__ == "__main__":
+    # Only from here on: -m imports from the folder that it was started in, which must not be a user's.
+    for folder in sys.argv[1:]:
+        os.chdir(folder)
     answer()

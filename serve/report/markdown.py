@@ -19,8 +19,10 @@ from serve.report.view import (
     Verdict,
 )
 
-_MARKUP = re.compile(r"([\\`*_\[\]<>|~])")
-_BLOCK_START = re.compile(r"^(\s*)(#|[-+](?=\s)|\d+(?=[.)]\s))", re.MULTILINE)
+_MARKUP = re.compile(r"([\\`*_\[\]<>|~&$])")
+_NUMBERED = re.compile(r"^([ \t]*\d+)([.)])(?=\s|$)", re.MULTILINE)
+_BLOCK_START = re.compile(r"^([ \t]*)(#|[-+](?=\s|$)|[-=](?=[-=\s]*$))", re.MULTILINE)
+_INDENT = re.compile(r"^[ \t]+")
 
 
 def to_markdown(page: Page) -> str:
@@ -43,15 +45,27 @@ def to_markdown(page: Page) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _escaped(text: str) -> str:
+    """Return text with what Markdown would read as markup escaped."""
+    return _BLOCK_START.sub(r"\1\\\2", _NUMBERED.sub(r"\1\\\2", _MARKUP.sub(r"\\\1", text)))
+
+
 def _line(text: str) -> str:
-    """Return text in one line with what Markdown would read as markup escaped."""
-    return _MARKUP.sub(r"\\\1", " ".join(text.split()))
+    """Return escaped text in one line."""
+    return _escaped(" ".join(text.split()))
 
 
 def _quoted(text: str) -> list[str]:
-    """Return text of several lines as a quotation."""
-    escaped = _BLOCK_START.sub(r"\1\\\2", _MARKUP.sub(r"\\\1", text))
-    return [f"> {line}".rstrip() for line in escaped.splitlines() or [""]]
+    """Return text of several lines as a quotation that keeps its lines and their indents."""
+    lines = [_INDENT.sub(_hard_spaces, line) for line in _escaped(text).splitlines()]
+    ends = [
+        "\\" if line and following else "" for line, following in zip(lines, [*lines[1:], ""], strict=False)
+    ]
+    return [f"> {line}{end}".rstrip() for line, end in zip(lines, ends, strict=True)] or [">"]
+
+
+def _hard_spaces(indent: re.Match[str]) -> str:
+    return "&nbsp;" * len(indent[0].expandtabs(4))
 
 
 def _verdict(verdict: Verdict) -> Iterator[str]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from serve.bench.energy import EnergyMeter, machine_meter
+from serve.bench.energy import Counter, EnergyMeter, machine_meter
 from serve.bench.environment import (
     CpuSeconds,
     count_cores,
@@ -129,9 +130,10 @@ def test_a_mapped_file_is_counted_page_by_page(tmp_path: Path) -> None:
         assert own_memory(other).mapped_file_bytes == pages * page
 
 
-def write_zone(folder: Path, name: str, microjoules: int, limit: int) -> Path:
+def write_zone(folder: Path, name: str, microjoules: int, limit: int, label: str = "package-0") -> Path:
     zone = folder / name
     zone.mkdir(exist_ok=True)
+    (zone / "name").write_text(f"{label}\n")
     (zone / "max_energy_range_uj").write_text(str(limit))
     (zone / "energy_uj").write_text(f"{microjoules}\n")
     return zone / "energy_uj"
@@ -140,11 +142,13 @@ def write_zone(folder: Path, name: str, microjoules: int, limit: int) -> Path:
 def test_energy_adds_up_packages_and_survives_a_counter_that_starts_over(tmp_path: Path) -> None:
     first = write_zone(tmp_path, "intel-rapl:0", 900_000, 1_000_000)
     second = write_zone(tmp_path, "intel-rapl:1", 5, 1_000_000)
-    write_zone(tmp_path, "intel-rapl:0:0", 7, 1_000_000)  # the cores, which are in the package
+    write_zone(tmp_path, "intel-rapl:0:0", 7, 1_000_000, "core")  # which are in the package
+    platform = write_zone(tmp_path, "intel-rapl:2", 5, 1_000_000, "psys")  # which the packages are in
     meter = machine_meter(tmp_path)
     assert meter.read() == 0.0
     first.write_text("200000")  # over the limit and on: 0.3 J
     second.write_text("500005")
+    platform.write_text("900005")
     assert meter.read() == pytest.approx(0.8)
     assert meter.read() == pytest.approx(0.8)
 
@@ -156,3 +160,53 @@ def test_energy_is_absent_where_nothing_counts_it(tmp_path: Path) -> None:
     counter.unlink()
     assert meter.read() is None
     assert meter.read() is None
+
+
+def test_energy_is_absent_for_good_when_a_counter_is_set_back() -> None:
+    """As a GPU's is when its driver is loaded again: what it counted meanwhile is lost."""
+    counts = iter([5_000_000, 9_000_000, 1_000_000, 3_000_000])
+    steady = Counter(lambda: 7)
+    meter = EnergyMeter((steady, Counter(lambda: next(counts))))
+    assert meter.read() == 4.0
+    assert [meter.read(), meter.read()] == [None, None]
+
+
+def test_a_gpu_that_counts_no_energy_does_not_hide_the_processors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NvmlError(Exception):
+        pass
+
+    def consumption(handle: int) -> int:
+        if handle == 0:
+            raise NvmlError("not supported")
+        return 5
+
+    nvml = SimpleNamespace(
+        NVMLError=NvmlError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetCount=lambda: 2,
+        nvmlDeviceGetHandleByIndex=lambda number: number,
+        nvmlDeviceGetTotalEnergyConsumption=consumption,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    counter = write_zone(tmp_path, "intel-rapl:0", 3, 1_000_000)
+    meter = machine_meter(tmp_path)
+    counter.write_text("500003")
+    assert meter.read() == pytest.approx(0.5)
+
+
+@linux
+def test_memory_is_that_of_the_processes_that_live() -> None:
+    """One that has ended, waited for or not, takes nothing away and does not make the sum unknown."""
+    with subprocess.Popen([sys.executable, "-c", "pass"], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.read()  # its end: a zombie now or soon, and nothing after the block
+        while "\nState:\tZ" not in Path(f"/proc/{child.pid}/status").read_text():
+            pass
+        alone, beside = own_memory(), own_memory(others=(child.pid,))
+    after = own_memory(others=(child.pid,))
+    for found in (beside, after):
+        assert found.pss_bytes is not None
+        assert found.peak_bytes == pytest.approx(alone.peak_bytes, rel=0.02)
+        assert found.rss_bytes == pytest.approx(alone.rss_bytes, rel=0.02)

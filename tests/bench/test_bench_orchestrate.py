@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from cusprun.cli.bench import require_all_measured
 from cusprun.codec import dump_json, load_json
 from cusprun.errors import ConfigError, MeasurementError, MissingDependencyError, ModelError, UserError
 from serve.bench.launch import subprocess_launch
@@ -164,6 +165,32 @@ def test_a_worker_that_keeps_crashing_ends_the_benchmark(files, make_measurement
     assert len(launch.order) == 3
 
 
+@pytest.mark.parametrize("fault", [CRASH, Reply(fault=Fault("model", "the server did not answer"))])
+def test_a_runtime_that_breaks_down_keeps_the_pairs_that_it_gave(files, make_measurement, fault) -> None:
+    """Out of memory in the middle, or a server that starts no more: the file was good before."""
+    launch = FakeLaunch(make_measurement, {"before": 10.0, "after": 8.0})
+    launch.failures = dict.fromkeys(range(8, 100), fault)
+    report = report_of(files, launch)
+    (suite,) = report.suites
+    assert (suite.num_pairs, len(suite.lost_runs), suite.stopped) == (4, 3, "3 runs were lost")
+    assert suite.comparison(SPEED).ratio.median == pytest.approx(1.25)
+    assert suite.given_up is not None
+    assert fault.fault.reason in suite.given_up
+    with pytest.raises(MeasurementError, match="not measured to the end: llamacpp"):
+        require_all_measured(report)
+
+
+def test_nothing_measured_is_a_report_where_that_is_wanted(files, make_measurement) -> None:
+    launch = FakeLaunch(make_measurement, {})
+    where = str(files[0].parent)
+    launch.failures = {0: Reply(fault=Fault("model", f"{files[0]} is damaged; see {where}/before.gguf"))}
+    report = bench([Target("llamacpp", *files)], launch=launch, clock=launch.clock, must_measure=False)
+    (suite,) = report.suites
+    assert suite.failure == "before.gguf is damaged; see before.gguf"  # no folder of the user's
+    with pytest.raises(MeasurementError, match="not measured: llamacpp"):
+        require_all_measured(report)
+
+
 def test_a_runtime_that_fails_leaves_the_others_their_rows(files, make_measurement) -> None:
     launch = FakeLaunch(make_measurement, {"before": 10.0, "after": 8.0})
     launch.failures = {0: Reply(fault=Fault("dependency", "onnxruntime-genai is not installed"))}
@@ -203,6 +230,9 @@ def test_all_wrong_options_are_listed(files) -> None:
     with pytest.raises(ConfigError) as caught:
         bench([Target("llamacpp", *files)], options)
     assert len(caught.value.faults) == 6
+    for value in (float("inf"), float("nan"), 0.0):  # which JSON could not hold, either
+        with pytest.raises(ConfigError, match=f"precision must be over 0 of the ratio, not {value:g}"):
+            bench([Target("llamacpp", *files)], BenchOptions(precision=value))
 
 
 def test_the_report_survives_json(files, tmp_path, make_measurement) -> None:
@@ -263,3 +293,20 @@ def test_a_crashing_worker_process_ends_in_a_measurement_error(files) -> None:
     launch = python_launch("import os; os.abort()")
     with pytest.raises(MeasurementError, match="SIGABRT"):
         bench([Target("llamacpp", *files)], BenchOptions(num_threads=1), launch=launch)
+
+
+def test_what_the_environment_names_is_named_from_the_callers_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker starts elsewhere, where ``-m`` finds the package, and looks for vLLM all the same."""
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python"
+    python.symlink_to(sys.executable)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUSPRUN_VLLM", "bin/python")
+    job = Job("vllm", str(tmp_path), (4,), (4,), 2, None, 1, 0)
+    reply = subprocess_launch(60.0)(job)
+    assert reply.fault is not None
+    # Found and without vLLM, which is said of it; one that is not found cannot even be asked.
+    assert reply.fault.kind == "dependency"
+    assert "bin/python is no Python that has vLLM" in reply.fault.reason

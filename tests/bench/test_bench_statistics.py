@@ -122,10 +122,10 @@ def test_equal_models_show_a_difference_in_at_most_one_benchmark_of_twenty() -> 
 def test_precision_is_half_the_width_of_the_ratio() -> None:
     steady = compare(SPEED, [100.0] * 9, [98.0, 102.0, *[100.0] * 7], seed=0)
     wide = compare(SPEED, [100.0] * 9, [90.0, 110.0] * 4 + [100.0], seed=0)
-    assert is_precise([steady, wide], [SPEED.name], 0.2)
-    assert is_precise([steady], [SPEED.name], 0.01)
-    assert not is_precise([wide], [SPEED.name], 0.05)
-    assert is_precise([wide], [], 0.05)
+    assert is_precise([steady, wide], 0.2)
+    assert is_precise([steady], 0.01)
+    assert not is_precise([steady, wide], 0.05)
+    assert is_precise([], 0.05)
 
 
 def test_six_pairs_are_the_least_with_an_interval_and_nine_outlive_one() -> None:

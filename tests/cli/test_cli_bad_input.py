@@ -241,15 +241,12 @@ def test_a_truncated_gguf_is_refused(work, cusprun, share) -> None:
     assert not leftovers(work)
 
 
-def test_a_corpus_too_small_for_the_refit_is_refused(work, cusprun) -> None:
+def test_a_corpus_with_fewer_tokens_than_the_refit_solves_for_is_told(work, cusprun) -> None:
     for name in ("domain", "task"):
         Path(f"{name}.jsonl").write_text(json.dumps({"text": f"{name} one"}) + "\n")
-    before = snapshot(work)
     outcome = cusprun(*PRUNE)
-    assert outcome.code == 2
-    assert "calibration tokens" in outcome.err
-    assert snapshot(work) == before
-    assert cusprun(*PRUNE, "--no-refit").code == 0
+    assert outcome.code == 0
+    assert "calibration tokens, fewer than the" in outcome.err
 
 
 def test_a_plan_for_another_model_is_refused(work, cusprun, tiny_models) -> None:

@@ -333,13 +333,12 @@ def test_an_expert_folder_of_somebody_else_is_not_replaced(work, cusprun) -> Non
     assert names("curve") == ["expert-0.4", *FILES]
 
 
-def test_too_few_tokens_for_the_refit_leave_nothing(work, cusprun) -> None:
+def test_few_tokens_for_the_refit_are_told(work, cusprun) -> None:
     for name in ("domain", "task"):
         Path(f"{name}.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n{"text": "six"}\n')
     outcome = cusprun(*SWEEP, "--ratios", "0.2")
-    assert outcome.code == 2
-    assert "calibration tokens" in outcome.err
-    assert "curve" not in names(".")
+    assert outcome.code == 0
+    assert "calibration tokens, fewer than the" in outcome.err
 
 
 def test_without_held_out_documents_there_is_no_curve(work, cusprun) -> None:

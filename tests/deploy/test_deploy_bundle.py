@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -65,6 +66,28 @@ def test_pins_are_what_is_installed_and_markers_are_the_targets() -> None:
 def test_an_unknown_package_is_said() -> None:
     with pytest.raises(MissingDependencyError, match="no-such-package-of-ours"):
         pinned(["no-such-package-of-ours"], marker_environment("linux-x86_64", "3.11"))
+
+
+def test_extras_that_come_later_are_needed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deploy import requirements
+
+    needs = {"a": ["c", "b"], "b": ["c[more]"], "c": ["d; extra == 'more'"], "d": []}
+    monkeypatch.setattr(requirements.metadata, "version", lambda _: "1")
+    monkeypatch.setattr(requirements.metadata, "requires", needs.get)
+    for names in (["a"], ["c", "b"], ["b", "c"]):
+        assert "d" in pinned(names, marker_environment("linux-x86_64", "3.11"))
+
+
+def test_an_index_that_cannot_be_reached_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no other platform is recommended for it."""
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    settings = {"INDEX_URL": "http://127.0.0.1:1/", "RETRIES": "1", "CONFIG_FILE": os.devnull}
+    for name, value in settings.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+    with pytest.raises(UserError, match="the package index cannot be reached") as caught:
+        wheelhouse.fetch({"numpy": "1.26.4"}, "linux-x86_64", "3.12", tmp_path)
+    assert "platform" not in str(caught.value)
 
 
 def test_a_platform_without_wheels_is_refused_with_pips_reason(
@@ -142,6 +165,21 @@ def test_another_machine_is_refused(bundled: Path) -> None:
     assert "on vax with" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("libraries", "said"), [("libgomp1", r"\(.*no_such.*\); install libgomp1"), ("", r"\(.*no_such")]
+)
+def test_an_engine_that_cannot_be_used_is_said(bundled: Path, libraries: str, said: str) -> None:
+    program = (
+        "import sys, install; install.PYTHON = sys.executable; "
+        f"install.check_engine({{'module': 'no_such', 'libraries': '{libraries}'}})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=bundled
+    )
+    assert done.returncode == 2
+    assert re.search(said, done.stderr)
+
+
 def test_options_hold_any_name_and_what_was_planned(bundled: Path) -> None:
     settings = json.loads((bundled / "bundle.json").read_text())
     name = 'it\'s a "model" Größe'
@@ -159,11 +197,19 @@ def test_each_system_gets_its_start_script(platform: str, monkeypatch: pytest.Mo
     assert ("start.sh" in names) is not is_windows
 
 
-def test_a_name_that_windows_cannot_have_is_refused_there_alone() -> None:
-    facts = facts_of(artifact_name='a "b".gguf', sha256={'a "b".gguf': ""})
+@pytest.mark.parametrize(
+    "name", ['a "b".gguf', "aux.gguf", "NUL", "com1.x.gguf", "model.", "a ", "x/con.json", "x /y", "a\\b"]
+)
+def test_a_name_that_windows_cannot_have_is_refused_there_alone(name: str) -> None:
+    facts = facts_of(artifact_name="model", sha256={name: ""})
     bundle.check(facts, OPTIONS)
     with pytest.raises(UserError, match="Windows has no files"):
         bundle.check(facts, {**OPTIONS, "platform": "windows-x86_64"})
+
+
+def test_names_that_windows_can_have() -> None:
+    for name in ("console.gguf", "a.b c.gguf", "模型 & 100%!.gguf", "x/auxiliary/com.json", ".x"):
+        bundle.check(facts_of(artifact_name=name), {**OPTIONS, "platform": "windows-x86_64"})
 
 
 def _can_be_tried() -> bool:
@@ -187,20 +233,23 @@ def test_a_bundle_installs_and_answers_without_a_network(kind: str, tmp_path: Pa
 
     model = make_parrot(tmp_path / "parrot").folder
     artifact = (
-        gguf.export(model, tmp_path / "my expert.gguf", quant="f32")
+        gguf.export(model, tmp_path / "my expert 模型.gguf", quant="f32")
         if kind == "gguf"
-        else onnx.export(model, tmp_path / "my expert-onnx", quant="fp32")
+        else onnx.export(model, tmp_path / "my expert 模型-onnx", quant="fp32")
     )
     try:
         out = deploy(artifact, "bundle", tmp_path / "the bundle", memory=500_000_000)
     except UserError as error:
         pytest.skip(f"the package index cannot be asked: {error}")
     moved = out.rename(tmp_path / "moved where it's used")
-    environment = {"PATH": os.defpath, "HOME": str(tmp_path), "LANG": "C.UTF-8"}
+    # Where it is started from, and how that prints, is of no matter.
+    (tmp_path / "cusprun.py").write_text("raise SystemExit('another cusprun')")
+    settings = {"PYTHONIOENCODING": "latin-1", "PYTHONPATH": str(tmp_path), "CUSPRUN_API_KEY": "another"}
+    environment = {"PATH": os.defpath, "HOME": str(tmp_path), **settings}
     python = str(Path(sys.base_prefix) / "bin" / "python3")
     done = subprocess.run(
         [*NO_NETWORK, 'ip link set lo up && exec "$0" "$1"', python, str(moved / "smoke.py")],
-        capture_output=True, text=True, check=False, timeout=120, env=environment,
+        capture_output=True, text=True, check=False, timeout=120, env=environment, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "passed"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -42,8 +44,13 @@ def no_wheels(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_deployment_is_whole_checked_and_reproducible(target: str, artifact: Path, tmp_path: Path) -> None:
     before = (artifact.read_bytes(), artifact.stat().st_mtime_ns)
     out = deploy(artifact, target, tmp_path / "one")
-    again = deploy(artifact, target, tmp_path / "two")
+    mask = os.umask(0o077)
+    try:
+        again = deploy(artifact, target, tmp_path / "two")
+    finally:
+        os.umask(mask)
     assert tree(out) == tree(again)
+    assert {path.stat().st_mode & 0o777 for path in (again, *again.rglob("*")) if path.is_dir()} == {0o755}
     assert (artifact.read_bytes(), artifact.stat().st_mtime_ns) == before
     assert (
         subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=out, check=False).returncode
@@ -132,7 +139,7 @@ def bench_report(name: str, peak_bytes: float) -> records.BenchReport:
     )  # fmt: skip
     sides = [records.Artifact(file, 1, None, None) for file in ("original.gguf", name)]
     suite = records.Suite(
-        "llamacpp", "llama-cpp-python 1.0", sides[0], sides[1], 1000, (peak,), (), (), (), "", None, 1.0
+        "llamacpp", "llama-cpp-python\n1.0", sides[0], sides[1], 1000, (peak,), (), (), (), "", None, 1.0
     )
     machine = records.Environment("cpu", 6, 6, 8 << 30, None, None, None, (), "Linux", {})
     return records.BenchReport("2026", records.BenchOptions(), machine, (suite,), 1.0)
@@ -149,6 +156,12 @@ def test_a_measured_peak_is_what_the_memory_rests_on(artifact: Path, tmp_path: P
     assert sizing["overhead_bytes"] == FRONT_BYTES + rest + buffer
     assert (sizing["source"], sizing["measured_in"]) == ("measured", "llama-cpp-python 1.0")
     assert sizing["num_threads"] == 6
+    options = {"original": str(make_gguf(tmp_path / "original.gguf"))}
+    both = deploy(artifact, "docker", tmp_path / "both", results=results, options=options)
+    beside = yaml.safe_load((both / "compose.yaml").read_text())["services"]
+    for side in ("expert", "original"):
+        command = beside[side]["command"]
+        assert command[command.index("--threads") + 1] == "6", "or the two are not compared alike"
     whole = tmp_path / "results.json"
     whole.write_text(json.dumps({"bench": to_plain(bench_report("expert.gguf", 300 * MIB))}))
     again = manifest_of(deploy(artifact, "systemd", tmp_path / "again", results=whole))["sizing"]
@@ -173,6 +186,11 @@ REFUSED: list[tuple[dict[str, Any], type[UserError], str]] = [
     ({"to": "olama"}, UserError, "did you mean 'ollama'"),
     ({"to": "bundle", "platform": "linux-x86"}, UserError, "did you mean 'linux-x86_64'"),
     ({"to": "ollama", "platform": "linux-x86_64"}, UserError, "unknown option"),
+    (
+        {"to": "bundle", "platform": "linux-x86_64", "options": {"platform": "macos-arm64"}},
+        UserError,
+        "give one",
+    ),
     ({"to": "ollama", "options": {"sistem": "x"}}, UserError, "did you mean 'system'"),
     ({"to": "ollama", "options": {"system": 'say """'}}, UserError, "ends it in a Modelfile"),
     ({"to": "ollama", "options": {"system": "a\u200bb"}}, UserError, r"holds '\\u200b', which Ollama drops"),
@@ -281,6 +299,102 @@ def test_values_that_would_break_a_line_are_refused() -> None:
 def test_every_target_has_a_line_in_the_documentation() -> None:
     text = (Path(__file__).parents[2] / "docs" / "deploy.md").read_text("utf-8")
     assert all(f"| [`{name}`](#{name})" in text for name in TARGETS)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_card_of_several_lines_breaks_no_file(target: str, tmp_path: Path) -> None:
+    keys = {
+        "general.base_model.0.name": "a\nb",
+        "general.base_model.0.organization": "c\u2028d\x00",
+        "cusprun.model_hash": "0",
+        "general.finetune": "maths\n\nand more\u200b",
+    }
+    artifact = make_gguf(tmp_path / "model.gguf", license_="my\n  licence\n", keys=keys)
+    options = {"image": "registry.example/expert:1"} if target == "kubernetes" else {}
+    facts = manifest_of(deploy(artifact, target, tmp_path / "out", options=options))
+    assert (facts["license"], facts["source"], facts["expert"]) == ("my licence", "c d/a b", "maths and more")
+
+
+@pytest.mark.parametrize(
+    ("adds_bos", "pre", "expected"),
+    [(True, "gpt-2", True), (False, "llama-bpe", False), (None, "gpt-2", False), (None, "llama-bpe", True)],
+)
+def test_bos_is_added_where_llama_cpp_adds_it(
+    adds_bos: bool | None, pre: str, expected: bool, tmp_path: Path
+) -> None:
+    artifact = make_gguf(tmp_path / "model.gguf", keys={"tokenizer.ggml.pre": pre}, adds_bos=adds_bos)
+    assert gather(artifact, "gguf", Request()).adds_bos is expected
+
+
+def test_sampling_is_what_the_file_states(tmp_path: Path) -> None:
+    keys = {"general.sampling.temp": 0.6, "general.sampling.top_k": 2e6, "general.sampling.top_p": math.nan}
+    out = deploy(make_gguf(tmp_path / "model.gguf", keys=keys), "ollama", tmp_path / "out")
+    lines = (out / "Modelfile").read_text().splitlines()
+    stated = [line for line in lines if line.startswith(("PARAMETER t", "PARAMETER m"))]
+    assert stated == ["PARAMETER temperature 0.6", "PARAMETER top_k 2000000"]
+
+
+@pytest.mark.parametrize("target", ["docker", "kubernetes"])
+def test_what_a_container_is_granted_is_within_the_memory_too(
+    target: str, artifact: Path, tmp_path: Path
+) -> None:
+    budget = 200 * MIB
+    options = {"image": "registry.example/expert:1"} if target == "kubernetes" else {}
+    out = deploy(artifact, target, tmp_path / "out", memory=budget, options=options)
+    if target == "docker":
+        service = yaml.safe_load((out / "compose.yaml").read_text())["services"]["expert"]
+        granted = service["deploy"]["resources"]["limits"]["memory"].removesuffix("M")
+    else:
+        spec = yaml.safe_load((out / "base" / "deployment.yaml").read_text())["spec"]["template"]["spec"]
+        granted = spec["containers"][0]["resources"]["limits"]["memory"].removesuffix("Mi")
+    assert 0.9 * budget < int(granted) * MIB <= budget
+    beside = manifest_of(out)["sizing"]["overhead_bytes"]
+    alone = manifest_of(deploy(artifact, "systemd", tmp_path / "alone", context=512, parallel=1))["sizing"]
+    assert beside > alone["overhead_bytes"], "a health check runs there as well"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder for vLLM, as far as headers tell."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    config = {
+        "model_type": "llama", "dtype": "float32", "hidden_size": 4, "intermediate_size": 8,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 2, "max_position_embeddings": 64,
+    }  # fmt: skip
+    made = tmp_path / "model"
+    made.mkdir()
+    (made / "config.json").write_text(json.dumps(config))
+    (made / "tokenizer.json").write_text("{}")
+    save_file({"model.embed_tokens.weight": np.zeros((2, 4), np.float32)}, made / "model.safetensors")
+    return made
+
+
+def test_hidden_files_are_no_part_of_a_folder(folder: Path, tmp_path: Path) -> None:
+    (folder / ".git").mkdir()
+    (folder / ".git" / "config").write_text("password")
+    (folder / "sub").mkdir()
+    (folder / "sub" / "notes.txt").touch()
+    out = deploy(folder, "systemd", tmp_path / "out")
+    listed = {name for name in tree(out) if name.startswith("model/")}
+    names = ("config.json", "model.safetensors", "sub/notes.txt", "tokenizer.json")
+    assert listed == {f"model/model/{name}" for name in names}
+
+
+def test_a_folder_without_a_tokenizer_is_refused(folder: Path, tmp_path: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match="has no tokenizer"):
+        deploy(folder, "systemd", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "card", ["---\nlicense: " + "[" * 400, "---\nlicense: [a]\n---\n", "---", "---\n- a\n---"]
+)
+def test_a_card_that_says_nothing_is_no_reason_to_refuse(card: str, folder: Path) -> None:
+    (folder / "README.md").write_text(card)
+    (folder / "tokenizer.json").write_text('{"added_tokens": [{"id": [], "content": "x"}, 7]}')
+    assert gather(folder, "vllm", Request()).license is None
 
 
 @pytest.mark.parametrize(("ours", "expert"), [(True, "maths"), (False, None)])

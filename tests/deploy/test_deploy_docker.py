@@ -153,13 +153,13 @@ def test_compose_is_closed_and_grants_what_was_planned(format_name: str, model: 
         assert "memory" not in limits, "what vLLM needs beside a GPU is not known before it is measured"
         measured = replace(facts, sizing=replace(facts.sizing, source="measured"))
         limits = compose_of(facts=measured)["services"]["expert"]["deploy"]["resources"]["limits"]
-        assert limits["memory"] == f"{374 + 32 + 1024}M"
+        assert limits["memory"] == "374M"
         (device,) = expert["deploy"]["resources"]["reservations"]["devices"]
         assert (device["driver"], device["count"], device["capabilities"]) == ("nvidia", 1, ["gpu"])
     else:
-        assert limits["memory"] == f"{374 + 32}M"
+        assert limits["memory"] == "374M"
         assert "reservations" not in expert["deploy"]["resources"]
-    assert limits["cpus"] == "4"
+    assert "cpus" not in limits, "Docker refuses more cores than the machine has"
     assert expert["build"]["target"] == ("baked" if model == "baked" else "runtime")
     assert expert.get("volumes", []) == ([] if model == "baked" else ["./model:/model:ro"])
     words = expert["command"]
@@ -169,19 +169,20 @@ def test_compose_is_closed_and_grants_what_was_planned(format_name: str, model: 
     assert int(expert["stop_grace_period"].rstrip("s")) > int(words[words.index("--drain") + 1])
 
 
-def test_the_original_stands_beside() -> None:
+@pytest.mark.parametrize("model", MODELS)
+def test_the_original_stands_beside(model: str) -> None:
     original = make_facts(
         artifact_name="original $1.gguf", model="original", sha256={"original $1.gguf": "0"}
     )
     facts = make_facts(original=original)
-    files = files_of("docker", facts, original="/somewhere/original $1.gguf", model="baked", port="9000")
+    files = files_of("docker", facts, original="/somewhere/original $1.gguf", model=model, port="9000")
     plain = yaml.safe_load(text_of(files, "compose.yaml"))
     beside = plain["services"]["original"]
     assert files["original/original $1.gguf"].content == Path("/somewhere/original $1.gguf")
     assert beside["volumes"] == ["./original:/model:ro"]
     assert beside["command"][1].replace("$$", "$") == "/model/original $1.gguf"
     assert beside["build"]["target"] == "runtime"
-    assert beside["image"] != plain["services"]["expert"]["image"]
+    assert beside["image"] != plain["services"]["expert"]["image"], "one name cannot be built twice at once"
     assert beside["ports"] == ["127.0.0.1:9001:8000"]
     scraped = yaml.safe_load(text_of(files, "monitoring/prometheus.yaml"))["scrape_configs"][0]
     assert scraped["static_configs"][0]["targets"] == ["expert:8000", "original:8000"]
@@ -215,9 +216,25 @@ def test_monitoring_is_wired_together() -> None:
 def test_queries_are_valid_for_an_independent_reader(engine: str) -> None:
     """It knows the types too: a rate of what is no range is refused."""
     parser = pytest.importorskip("promql_parser")
-    for panel in dashboard.panels(engine):
-        for query in panel.queries:
-            parser.parse(query.expression.replace("$__rate_interval", "1m"))
+    for match in ("", dashboard.of_pods("space", "my-expert")):
+        for panel in dashboard.panels(engine, match):
+            for query in panel.queries:
+                parser.parse(query.expression.replace("$__rate_interval", "1m"))
+
+
+def test_a_dashboard_in_a_cluster_is_about_its_own_pods() -> None:
+    """And stands in one Grafana beside others."""
+    match = dashboard.of_pods("space", "my-expert")
+    pattern = re.search('pod=~"([^"]+)"', match)
+    assert pattern
+    own = ("my-expert-6d4cf56db6-x2z9q", "my-expert-predictor-7b9f8c-abcde")
+    others = ("my-expert-2-6d4cf56db6-x2z9q", "their-my-expert-6d4cf56db6-x2z9q", "my-expert-loader")
+    assert [bool(re.fullmatch(pattern[1], name)) for name in (*own, *others)] == [True] * 2 + [False] * 3
+    uids = {
+        json.loads(dashboard.json_bytes("onnx", "model", place))["uid"] for place in ("a/x", "b/x", "a/y")
+    }
+    assert len(uids) == 3
+    assert max(map(len, uids)) <= 40, "Grafana's longest"
 
 
 def test_compose_is_valid_for_an_independent_reader() -> None:
@@ -340,6 +357,14 @@ def test_images_without_a_version_are_refused() -> None:
         check_image("expert:1@sha256:" + "0" * 64)
     with pytest.raises(UserError, match="at most 255"):
         check_image("/".join(["a" * 100] * 3) + ":1")
+
+
+def test_the_name_of_the_originals_image_is_checked_too() -> None:
+    facts = make_facts(original=make_facts())
+    image = "expert:" + "x" * 125
+    files_of("docker", make_facts(), image=image)
+    with pytest.raises(UserError, match="134 characters"):
+        files_of("docker", facts, image=image, original="original.gguf")
 
 
 def test_near_names_are_valid() -> None:

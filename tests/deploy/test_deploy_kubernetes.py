@@ -201,10 +201,10 @@ def test_resources_are_those_that_were_planned(format_name: str, model: str) -> 
                     assert quantity(granted) >= quantity(requests[name]), name
                 if container["name"] == "loader":
                     continue
-                beside = 32 + (1024 if format_name == "vllm" else 0)
-                assert requests["memory"] == f"{340 + beside}Mi"
+                assert requests["memory"] == "340Mi"
                 is_known = format_name != "vllm" or facts is measured
-                assert limits.get("memory") == (f"{374 + beside}Mi" if is_known else None)
+                assert limits.get("memory") == ("374Mi" if is_known else None)
+                assert (requests["cpu"], limits["cpu"]) == ("3", "4"), "threads, and one for the front"
                 assert (limits.get("nvidia.com/gpu") == "1") == (format_name == "vllm")
 
 
@@ -331,7 +331,9 @@ def test_the_start_script(model: str, tmp_path: Path) -> None:
     first = log.read_text()
     assert key not in first
     assert f"docker build --tag {IMAGE} image\ndocker push {IMAGE}\n" in first
-    assert first.splitlines()[-1] == "kubectl apply --kustomize base"
+    applied, waited = first.splitlines()[-2:]
+    assert applied == "kubectl apply --kustomize base"
+    assert "rollout status deployment/my-expert" in waited
     assert (state / "volume" / "it's a $folder" / "model.onnx").exists() == (model == "volume")
     log.unlink()
     subprocess.run(command, check=True, env={**environment, "MANIFESTS": "monitoring"})
@@ -341,6 +343,23 @@ def test_the_start_script(model: str, tmp_path: Path) -> None:
     assert "exec --stdin" not in again
     assert again.splitlines()[-1] == "kubectl apply --kustomize monitoring"
     assert (state / "secret").read_text() == key
+
+
+@cases
+def test_another_model_starts_other_servers(format_name: str, model: str) -> None:
+    """The volume is written in place, and an image's name may stay."""
+    one = make_facts(format_name)
+    two = replace(one, sha256=dict.fromkeys(one.sha256, "0"))
+    found = []
+    for facts in (one, two):
+        files = made(facts=facts, model=model)
+        template = only(files, "base/deployment.yaml")["spec"]["template"]["metadata"]["annotations"]
+        found.append(template)
+        if format_name == "vllm":
+            service = only(files, "kserve/inferenceservice.yaml")["metadata"]["annotations"]
+            assert template.items() <= service.items()
+    assert found[0].keys() == found[1].keys()
+    assert found[0] != found[1]
 
 
 def test_the_readme_has_three_commands() -> None:

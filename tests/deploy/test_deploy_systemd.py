@@ -8,12 +8,14 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from deployable import SIZING, facts_of
 
 from cusprun.errors import UserError
 from deploy import systemd
+from deploy.facts import Facts
 from deploy.render import systemd_value
 
 ANALYZE = shutil.which("systemd-analyze")
@@ -25,13 +27,18 @@ needs_systemd = pytest.mark.skipif(ANALYZE is None, reason="systemd-analyze is n
 Made = Callable[..., Path]
 
 
+def of_engine(engine: str, **changes: Any) -> Facts:
+    return facts_of(engine=engine, format="gguf" if engine == "llamacpp" else engine, **changes)
+
+
 @pytest.fixture
 def made(tmp_path: Path) -> Made:
     """Writes a service whose prefix is a folder of the test, with a stand-in for its Python."""
 
     def make(engine: str = "llamacpp", name: str = "maths expert", **options: str) -> Path:
         prefix = tmp_path / "prefix"
-        facts = facts_of(engine=engine, model=name, artifact_name=f"{name}.gguf", sha256={f"{name}.gguf": ""})
+        file = f"{name}.gguf"
+        facts = of_engine(engine, model=name, artifact_name=file, sha256={file: ""})
         python = prefix / "venv" / "bin" / "python"
         python.parent.mkdir(parents=True)
         python.symlink_to("/bin/true")
@@ -93,8 +100,32 @@ def test_resources_are_the_planned_ones(made: Made) -> None:
 
 def test_only_vllm_is_told_where_it_is() -> None:
     for engine in ("llamacpp", "vllm"):
-        (env,) = [f for f in systemd.files(facts_of(engine=engine), OPTIONS) if f.path.endswith(".env")]
+        (env,) = [f for f in systemd.files(of_engine(engine), OPTIONS) if f.path.endswith(".env")]
         assert (b"\nCUSPRUN_VLLM=/opt/vllm\n" in env.content) == (engine == "vllm")  # type: ignore[operator]
+
+
+def test_vllm_is_limited_by_what_was_measured_alone(made: Made) -> None:
+    """What is planned was measured without a GPU; and its processes talk by an address that is allowed."""
+    unit = made("vllm").read_text()
+    assert "MemoryMax" not in unit
+    assert re.search(r"^IPAddressDeny=any$", unit, re.MULTILINE)
+    assert re.search(r"^Environment=VLLM_HOST_IP=127\.0\.0\.1$", unit, re.MULTILINE)
+    measured = of_engine("vllm", sizing=replace(SIZING, source="measured"))
+    (file,) = [file for file in systemd.files(measured, OPTIONS) if file.path.endswith(".service")]
+    assert f"\nMemoryMax={SIZING.memory_limit_mib}M\n".encode() in file.content  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("host", "is_open"), [("127.0.0.1", False), ("127.0.0.2", False), ("::1", False), ("localhost", False),
+                          ("0.0.0.0", True), ("192.168.1.5", True), ("::", True), ("box.example", True)],
+)  # fmt: skip
+def test_an_open_service_waits_for_the_network_and_says_how_to_ask(host: str, is_open: bool) -> None:
+    files = {file.path: file.content for file in systemd.files(facts_of(), {**OPTIONS, "host": host})}
+    unit, readme = (str(files[name]) for name in ("maths-expert.service", "README.md"))
+    assert ("IPAddressDeny" in unit) is not is_open
+    assert ("network-online.target" in unit) is is_open
+    assert ("Authorization: Bearer $(" in readme) is is_open
+    assert f"http://{f'[{host}]' if ':' in host else host}:8000/v1/" in readme
 
 
 def test_threads_of_a_measurement_are_kept() -> None:
@@ -114,6 +145,10 @@ def test_the_installer_is_a_script_that_a_shell_reads(made: Made) -> None:
         ({"prefix": "opt/x"}, "absolute path"),
         ({"prefix": "/opt/../etc"}, "absolute path"),
         ({"prefix": "/opt/a b"}, "absolute path"),
+        ({"prefix": "/home/me/expert"}, "sees nothing below /home"),
+        ({"prefix": "/tmp"}, "sees nothing below /tmp"),
+        ({"vllm": "/root/vllm"}, "another vllm than"),
+        ({"python": "3.9"}, "from 3.10 on"),
         ({"vllm": "vllm"}, "vllm must be an absolute path"),
         ({"port": "0"}, "from 1 to"),
         ({"port": "８000"}, "from 1 to"),

@@ -35,7 +35,9 @@ def evil_page() -> Page:
         expert=EVIL,
         samples=(sample,),
         bench=made.bench_report(suite),
-        quality=replace(made.eval_report(), models=(replace(first, model=EVIL), replace(second, model=EVIL))),
+        quality=replace(
+            made.eval_report(), expert=EVIL, models=(replace(first, model=EVIL), replace(second, model=EVIL))
+        ),
         parity=(made.parity_report(artifact=EVIL),),
     )
     manifest = made.manifest(source=EVIL, expert=replace(made.manifest().expert, name=EVIL))

@@ -22,6 +22,9 @@ from cusprun.records import (
     LayerPlan,
     LayerRefit,
     Manifest,
+    NeuronLayer,
+    NeuronManifest,
+    NeuronPlan,
     Plan,
     Shape,
     Source,
@@ -131,6 +134,37 @@ def manifest(**changes: Any) -> Manifest:
         },
     )
     return replace(made, **changes)
+
+
+def neuron_manifest(**changes: Any) -> NeuronManifest:
+    gone = {"query_row": Indices(range(144)), "ffn_channel": Indices(range(384))}
+    layer = NeuronLayer(gone, {"query_row": 0.1, "ffn_channel": 0.2})
+    made = manifest()
+    found = NeuronManifest(
+        cusprun_version=made.cusprun_version,
+        created=made.created,
+        source=SOURCE,
+        source_hash=HASH["a"],
+        model_hash=HASH["d"],
+        expert=made.expert,
+        corpus_hash=made.corpus_hash,
+        calibration_documents=140,
+        calibration_tokens=39_767,
+        held_out_documents=32,
+        rule="paper",
+        ratio=0.25,
+        relevant=False,
+        counts=({kind: len(rows) for kind, rows in gone.items()},) * LAYERS,
+        plan=NeuronPlan(HASH["a"], HASH["b"], "paper", 0.25, False, 0, (layer,) * LAYERS),
+        parameters=134_515_008,
+        zeroed_parameters=26_542_080,
+        seconds={"score": 96.53},
+        versions=made.versions,
+        measurements={
+            "held_out": {"perplexity_before": 17.89, "perplexity_after": 18.61, "perplexity_ratio": 1.0402}
+        },
+    )
+    return replace(found, **changes)
 
 
 METRICS = (

@@ -96,6 +96,7 @@ def test_files_given_one_by_one_and_twice_show_the_same(run_folder: Path, tmp_pa
         ("sweep", made.sweep_report(), f"{made.SOURCE} → {made.NAME}"),
         ("proof", made.parity_report(), "Proofs of exports"),
         ("manifest", made.manifest(), f"{made.SOURCE} → {made.NAME}"),
+        ("manifest of single neurons", made.neuron_manifest(), f"{made.SOURCE} → {made.NAME}"),
         ("evaluation", made.eval_report(), f"{made.SOURCE} → {made.NAME}"),
     ],
 )
@@ -110,7 +111,7 @@ def test_each_kind_is_known_by_its_content(tmp_path: Path, name: str, record: An
 
 def test_every_kind_has_an_example_above() -> None:
     shown = {"bench", "overlap", "sweep", "proof", "manifest", "evaluation", "run", "load test"}
-    assert shown == set(KINDS)
+    assert shown | {"manifest of single neurons"} == set(KINDS)
 
 
 def test_a_sweep_folder(tmp_path: Path) -> None:
@@ -119,6 +120,65 @@ def test_a_sweep_folder(tmp_path: Path) -> None:
     page = api.report(tmp_path / "curve", tmp_path / "r.md")
     assert [section.name for section in page.sections] == ["curve"]
     assert page.verdict is None
+
+
+def test_zeroed_neurons_are_shown_with_the_way_to_make_them(tmp_path: Path) -> None:
+    """A folder of ``prune --granularity neuron`` beside its evaluation."""
+    dump_json(made.neuron_manifest(), tmp_path / "cusprun.json")
+    dump_json(made.eval_report(), tmp_path / "eval.json")
+    changed(tmp_path / "eval.json", lambda plain: plain["models"][1].update(num_parameters=134_515_008))
+    page = api.report(tmp_path, tmp_path / "r.md")
+    text = (tmp_path / "r.md").read_text(encoding="utf-8")
+    for words in (
+        "with 19.7% of its parameters set to zero",
+        "neither smaller nor faster",
+        "cusprun prune HuggingFaceTB/SmolLM2-135M-Instruct --expert expert.yaml",
+        "--granularity neuron --ratio 0.25 --rule paper",
+        "| 29 | 384 | 144 |",
+    ):
+        assert words in text
+    assert page.verdict is not None
+    statuses = {one.name: (one.status, one.word) for one in page.verdict.aspects}
+    assert statuses["Size"] == ("look", "not smaller")
+    assert page.verdict.answer == "unknown"
+
+
+DAMAGES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "an evaluation of no model": lambda plain: plain["quality"].update(models=[]),
+    "a plan of width 0": lambda plain: plain["plan"]["before"].update(intermediate_size=0),
+    "a load test of no endpoint": lambda plain: plain.update(endpoints=[], results=[]),
+    "a sweep without documents": lambda plain: [one.update(corpora={}) for one in plain["points"]],
+    "a benchmark whose numbers are none": lambda plain: plain["suites"][0].update(elapsed_s=1e308),
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "damage"),
+    [*zip(
+        (made.run_report, made.manifest, made.endpoint_report, made.sweep_report, made.bench_report),
+        DAMAGES.values(), strict=True,
+    )],
+    ids=DAMAGES,
+)  # fmt: skip
+def test_what_does_not_fit_together_is_told_in_a_row(
+    tmp_path: Path, run_folder: Path, call: Any, make: Any, damage: Callable[[dict[str, Any]], object]
+) -> None:
+    dump_json(make(), tmp_path / "odd.json")
+    changed(tmp_path / "odd.json", damage)
+    text = (tmp_path / "odd.json").read_text()
+    (tmp_path / "odd.json").write_text(text.replace("1e+308", "1e999"))
+    code, _, err = call(tmp_path / "odd.json", run_folder / "bench.json", "--out", tmp_path / "r.html")
+    assert (code, "odd.json" in err) == (3, True), err
+    assert "could not be read: " in (tmp_path / "r.html").read_text()
+
+
+def test_a_later_version_is_told_in_a_row_also_where_its_keys_are_others(
+    tmp_path: Path, run_folder: Path, call: Any
+) -> None:
+    (tmp_path / "later.json").write_text('{"schema_version": 9, "everything": "else"}')
+    code, _, err = call(run_folder, tmp_path / "later.json", "--out", tmp_path / "r.md")
+    assert (code, "later.json" in err) == (3, True)
+    assert "schema version 9, and this cusprun reads up to version" in (tmp_path / "r.md").read_text()
 
 
 @pytest.mark.parametrize("damage", ["version", "truncated", "key"])
@@ -194,6 +254,17 @@ def bad_calls(folder: Path, run_folder: Path) -> Iterator[tuple[list[object], st
     yield [run_folder, "--out", folder / "there.html"], "exists already"
     yield [run_folder, "--out", out, "--out", out], "named twice"
     yield [run_folder, folder / "another.json", "--out", out], "about one expert"
+    dump_json(made.eval_report(), folder / "stranger.json")
+    changed(
+        folder / "stranger.json",
+        lambda plain: plain["models"][1].update(model_hash="0" * 64, num_parameters=120_000_000),
+    )
+    dump_json(made.parity_report(reference_sha256="0" * 64), folder / "stranger.parity.json")
+    dump_json(made.eval_report(), folder / "name.json")
+    changed(folder / "name.json", lambda plain: plain.update(expert="law-de"))
+    yield [run_folder, folder / "stranger.json", "--out", out], "evaluation of HuggingFaceTB"
+    yield [run_folder, folder / "stranger.parity.json", "--out", out], "the proof of expert-f16.gguf is of"
+    yield [run_folder, folder / "name.json", "--out", out], "at 0.25; law-de"
     yield [run_folder], "--out"
     yield ["--out", out], "RESULTS"
 

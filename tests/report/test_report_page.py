@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
+from html import unescape
 from html.parser import HTMLParser
 from importlib import resources
 from itertools import pairwise
@@ -13,7 +14,7 @@ import pytest
 from report_fixtures import everything
 
 from cusprun.pipeline.report import build_page
-from serve.report.markdown import to_markdown
+from serve.report.markdown import _quoted, to_markdown
 from serve.report.page import POLICY, render
 from serve.report.view import Page
 
@@ -163,6 +164,22 @@ def test_markdown_shows_users_text_as_text(evil_page: Page) -> None:
     outside = re.sub(r"^(`{3,})\n.*?^\1$", "", text, flags=re.MULTILINE | re.DOTALL)
     assert not re.search(r"(?<!\\)<", outside)
     assert "\\<script\\>alert(1)" in outside
+
+
+def test_markdown_keeps_the_lines_of_an_answer() -> None:
+    """By what a reader of CommonMark makes of it: no heading, list, code, rule or entity of its own."""
+    markdown = pytest.importorskip("markdown_it").MarkdownIt("commonmark")
+    for text in (
+        "def f(x):\n    if x:\n\n        return x_1 * 2\n\tdone",
+        "Sum\n===\nand\n---\n- - -\n# one\n#\n+ a\n- b\n1. c\n2) d\n10.5 e",
+        "&lt;b&gt; &amp; $x$ ~~no~~ `y` [z](w) <i> a\\",
+    ):
+        html = markdown.render("\n".join(_quoted(text)))
+        assert set(re.findall(r"</?(\w+)", html)) <= {"blockquote", "p", "br"}
+        shown = unescape(re.sub(r"<[^>]+>", "", html)).replace("\xa0", " ")
+        assert [line for line in shown.splitlines() if line] == [
+            line.expandtabs(4) for line in text.splitlines() if line
+        ]
 
 
 def test_markdown_tables_are_rectangular(page: Page) -> None:

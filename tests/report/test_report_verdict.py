@@ -10,7 +10,7 @@ import report_fixtures as made
 
 from cusprun.pipeline.reporting.verdict import RULES, Evidence, judge
 from cusprun.pipeline.results import ArtifactFile
-from serve.bench.records import Comparison, Interval, Suite
+from serve.bench.records import Comparison, Interval, LostRun, Suite
 from serve.report.view import Aspect, Verdict
 
 
@@ -116,10 +116,29 @@ def test_what_failed_is_told_in_its_row() -> None:
 
 def test_pruning_itself_measured_quality_without_an_interval() -> None:
     one = aspect(verdict(quality=None), "Quality on the expert's documents")
-    assert (one.status, one.word) == ("ok", "kept")
+    # The rule is about the whole interval, so a number without one can be against it, but not fine.
+    assert (one.status, one.word) == ("look", "kept, by a number without an interval")
+    assert verdict(quality=None).answer == "look"
+    worse = {"perplexity_before": 10.0, "perplexity_after": 15.0, "perplexity_ratio": 1.5}
+    assert verdict(quality=None, manifest=made.manifest(measurements={"held_out": worse})).answer == "stop"
     (fact,) = one.facts
     assert fact.change == "+4.0 %"
     assert "without an interval" in fact.label
+
+
+def test_of_several_models_the_one_that_the_manifest_is_of_is_judged() -> None:
+    good, bad = made.eval_report(held_out=1.04), made.eval_report(held_out=1.5)
+    other = replace(bad.models[1], model_hash="0" * 64)
+    both = replace(good, models=(*good.models, other))
+    assert verdict(quality=both).answer == "ship"
+    assert verdict(quality=both, manifest=None).answer == "stop"
+
+
+def test_a_runtime_that_broke_down_is_looked_at() -> None:
+    lost = LostRun("after", 9, "the worker was ended by SIGKILL")
+    found = verdict(suites=(replace(made.suite(), lost_runs=(lost,) * 3),))
+    assert found.answer == "look"
+    assert "SIGKILL" in aspect(found, "Speed").facts[0].change
 
 
 def test_nothing_known_has_no_verdict() -> None:

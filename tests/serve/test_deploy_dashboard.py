@@ -49,11 +49,13 @@ def test_every_query_is_about_what_the_engine_exports(
     status, text = endpoint.request("/metrics")
     assert status == 200
     series = exported(text)
-    plain = json.loads(dashboard.json_bytes(engine, "model"))
+    match = dashboard.of_pods("space", "expert")
+    plain = json.loads(dashboard.json_bytes(engine, "model", "space/expert", match))
     expressions = [target["expr"] for panel in plain["panels"] for target in panel["targets"]]
     assert len(expressions) >= 5
     for expression in [*expressions, dashboard.QUEUE_METRICS[engine]]:
         names = metrics_in(expression)
+        assert expression.count(match) == len(names) or expression in dashboard.QUEUE_METRICS.values()
         assert names, expression
         for name in names:
             assert name in series, f"{engine} does not export {name}"
@@ -63,7 +65,7 @@ def test_every_query_is_about_what_the_engine_exports(
 
 @pytest.mark.parametrize("engine", sorted(dashboard.ENGINES))
 def test_panels_do_not_overlap_and_have_a_source(engine: str) -> None:
-    plain = json.loads(dashboard.json_bytes(engine, 'a "name"'))
+    plain = json.loads(dashboard.json_bytes(engine, 'a "name"', "here"))
     assert plain["title"] == 'cusprun: a "name"'
     taken: set[tuple[int, int]] = set()
     for panel in plain["panels"]:

@@ -7,7 +7,17 @@ from typing import Any
 
 from cusprun.panels import Heat, Line, Panel
 from cusprun.pipeline.reporting.wording import counted, moment
-from cusprun.records import DIMENSIONS, LayerPlan, Manifest, Plan, Source
+from cusprun.pruning.plan_check import EDITED
+from cusprun.records import (
+    DIMENSIONS,
+    Expert,
+    LayerPlan,
+    Manifest,
+    NeuronManifest,
+    NeuronPlan,
+    Plan,
+    Source,
+)
 from serve.report.view import Block, Bullets, Code, Grid, Heading, Picture, Prose, Section
 
 _BINS = 64
@@ -38,7 +48,7 @@ def manifest_sections(manifests: Sequence[Manifest]) -> Iterator[Section]:
         yield Section("reproduce", "How to make it again", tuple(_again(manifest)))
 
 
-def dimension_text(manifest: Manifest) -> str:
+def dimension_text(manifest: Manifest | NeuronManifest) -> str:
     """Return what the expert is for, such as ``language (pack lang/en) and domain (maths.jsonl)``."""
     named = [
         f"{name} ({_source_names(manifest.expert.dimensions[name])})"
@@ -64,25 +74,30 @@ def _what(manifest: Manifest) -> Iterator[Block]:
     )
     if plan.reasons:
         yield Bullets(plan.reasons)
-    yield _documents(manifest)
+    yield documents_grid(manifest, manifest.refit_weights)
     yield Grid("Shapes", ("width", "before", "after", "change"), tuple(_shape_rows(manifest)))
     if plan.candidates:
         yield _candidates(plan)
 
 
-def _documents(manifest: Manifest) -> Grid:
+def documents_grid(
+    manifest: Manifest | NeuronManifest, refit_weights: Mapping[str, float] | None = None
+) -> Grid:
+    """Return the sources of each dimension, with their weights where there was a refit."""
     dimensions = manifest.expert.dimensions
     rows = [
-        (name, _source_names(dimensions[name]), f"{manifest.refit_weights.get(name, 1):g}")
+        (name, _source_names(dimensions[name]), f"{(refit_weights or {}).get(name, 1):g}")
         for name in DIMENSIONS
         if name in dimensions
     ]
     if manifest.expert.general:
         rows.append(("general", _source_names(manifest.expert.general), "only measured"))
+    columns = ("dimension", "sources", "weight in the refit")
+    num_columns = 2 if refit_weights is None else 3
     return Grid(
         "The documents that decided",
-        ("dimension", "sources", "weight in the refit"),
-        tuple(rows),
+        columns[:num_columns],
+        tuple(row[:num_columns] for row in rows),
         texts=(1,),
         notes=(
             f"{counted(manifest.calibration_documents, 'calibration document')} with "
@@ -235,17 +250,27 @@ def _errors(manifest: Manifest, name: str) -> Iterator[Block]:
 
 
 def _again(manifest: Manifest) -> Iterator[Block]:
-    yield Code("expert.yaml: what the model is to be good at", _expert_yaml(manifest))
-    yield Code("The expert", _prune_command(manifest))
-    plan = manifest.plan
-    hashes = (
+    yield Code("expert.yaml: what the model is to be good at", expert_yaml(manifest.expert))
+    is_edited = manifest.plan.budget == EDITED
+    told = "; plan.json is the part 'plan' of its cusprun.json, which was edited by hand" if is_edited else ""
+    yield Code(f"The expert{told}", _prune_command(manifest, is_edited))
+    yield hashes_grid(manifest, manifest.plan)
+    yield facts_grid(manifest)
+
+
+def hashes_grid(manifest: Manifest | NeuronManifest, plan: Plan | NeuronPlan) -> Grid:
+    """Return the hashes of what a model was made from and of itself."""
+    hashes = [
         ("original", manifest.source_hash),
         ("calibration documents", manifest.corpus_hash),
         ("store of scores", plan.store_hash),
-        ("plan", plan.content_hash),
-        ("expert", manifest.model_hash),
-    )
-    yield Grid("Hashes (SHA-256)", ("of", "hash"), hashes, texts=(1,))
+    ]
+    hashes += [("plan", plan.content_hash)] if isinstance(plan, Plan) else []
+    return Grid("Hashes (SHA-256)", ("of", "hash"), (*hashes, ("expert", manifest.model_hash)), texts=(1,))
+
+
+def facts_grid(manifest: Manifest | NeuronManifest) -> Grid:
+    """Return the seed, versions and times of a model that was made."""
     facts = (
         ("seed", str(manifest.expert.seed)),
         ("made", moment(manifest.created)),
@@ -253,14 +278,13 @@ def _again(manifest: Manifest) -> Iterator[Block]:
         *manifest.versions.items(),
         *((f"seconds for {stage}", f"{value:,.1f}") for stage, value in manifest.seconds.items()),
     )
-    yield Grid("Seed, versions and time", ("what", "value"), facts, texts=(1,))
+    return Grid("Seed, versions and time", ("what", "value"), facts, texts=(1,))
 
 
-def _expert_yaml(manifest: Manifest) -> str:
+def expert_yaml(expert: Expert) -> str:
     """Return the expert as its file; paths are file names, since a manifest holds no folders."""
     import yaml
 
-    expert = manifest.expert
     tree: dict[str, Any] = {"name": expert.name}
     for name in DIMENSIONS:
         if name in expert.dimensions:
@@ -277,13 +301,17 @@ def _source_tree(source: Source) -> dict[str, Any]:
     return {name: value for name, value in vars(source).items() if value is not None}
 
 
-def _prune_command(manifest: Manifest) -> str:
+def _prune_command(manifest: Manifest, is_edited: bool) -> str:
     from shlex import quote
 
     plan = manifest.plan
-    words = ["cusprun prune", quote(manifest.source), "--expert expert.yaml", f"--ratio {plan.ratio:g}"]
-    words += [f"--rule {quote(manifest.rule)}", f"--for {quote(','.join(plan.targets))}"]
-    words.append(f"--units {quote(','.join(plan.units))}")
+    words = ["cusprun prune", quote(manifest.source), "--expert expert.yaml"]
+    if is_edited:
+        words.append("--plan plan.json")
+    else:
+        # All digits: where another budget was asked for, this is what was reached, and more is another shape.
+        words += [f"--ratio {plan.ratio!r}", f"--rule {quote(manifest.rule)}"]
+        words += [f"--for {quote(','.join(plan.targets))}", f"--units {quote(','.join(plan.units))}"]
     if manifest.compensation == "none":
         words.append("--no-refit")
     if manifest.refit_target != "output":

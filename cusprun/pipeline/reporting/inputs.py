@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,7 @@ def _read(name: str, file: Path, unread: list[Unread]) -> Iterator[Result]:
     plain = _json_of(file)
     kind = _kind_of(plain)
     if kind is None:
+        _refuse_if_later(plain)
         raise UserError(
             f"{file} is of no kind that a report shows ({', '.join(KINDS)}); give what cusprun run, bench, "
             "eval, sweep or overlap wrote"
@@ -93,8 +95,12 @@ def _json_of(file: Path) -> Any:
     def refuse(constant: str) -> Any:
         raise ValueError(f"{constant} is no number in JSON")
 
+    def number(text: str) -> float:
+        return value if math.isfinite(value := float(text)) else refuse(text)
+
     try:
-        return json.loads(file.read_text(encoding="utf-8-sig"), parse_constant=refuse)
+        text = file.read_text(encoding="utf-8-sig")
+        return json.loads(text, parse_constant=refuse, parse_float=number)
     except OSError as fault:  # its own text names the user's folder
         raise _UnreadableError(f"it cannot be read ({fault.strerror}); check the file") from None
     except (ValueError, RecursionError) as fault:
@@ -111,19 +117,41 @@ def _results(kind: ResultKind, name: str, plain: Mapping[str, Any], unread: list
     _require_version(kind, plain)
     kept = dict(plain)
     for key, part_name in kind.parts.items():
-        kept[key] = _readable_part(KINDS[part_name], plain.get(key), f"the part {key!r} of {name}", unread)
+        kept[key] = _readable_part(KINDS[part_name], plain.get(key), _part_of(key, name), unread)
         if kept[key] is None and key not in plain:
             del kept[key]
     try:
         record = from_plain(kind.record_type(), kept)
     except UserError as fault:
         raise _UnreadableError(f"it is damaged ({fault}); make it again") from None
+    _require_showable(kind, record)
     yield Result(kind, name, record)
     for key, part_name in kind.parts.items():
         value = getattr(record, key)
         for part in value if isinstance(value, tuple) else (value,):
-            if part is not None:
+            if part is None:
+                continue
+            try:
+                _require_showable(KINDS[part_name], part)
+            except _UnreadableError as fault:
+                unread.append(Unread(_part_of(key, name), str(fault)))
+            else:
                 yield Result(KINDS[part_name], name, part)
+
+
+def _part_of(key: str, name: str) -> str:
+    return f"the part {key!r} of {name}"
+
+
+def _require_showable(kind: ResultKind, record: Any) -> None:
+    """Refuse a record that says nothing a report could show, as one without a model or with a width of 0."""
+    try:
+        for _ in kind.shown([record]):
+            pass
+    except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as fault:
+        raise _UnreadableError(
+            f"what it says does not fit together ({type(fault).__name__}: {fault}); make it again"
+        ) from None
 
 
 def _readable_part(kind: ResultKind, value: Any, where: str, unread: list[Unread]) -> Any:
@@ -143,11 +171,27 @@ def _readable_part(kind: ResultKind, value: Any, where: str, unread: list[Unread
     return kept[0] if kept else None
 
 
+def _known_version(kind: ResultKind) -> int:
+    known: int = getattr(kind.record_type(), _VERSION)  # the default of the field
+    return known
+
+
 def _require_version(kind: ResultKind, plain: Mapping[str, Any]) -> None:
-    (known,) = (field.default for field in fields(kind.record_type()) if field.name == _VERSION)
+    known = _known_version(kind)
     found = plain.get(_VERSION, known)
     if found != known:
         raise _UnreadableError(
             f"it is of schema version {found!r:.20}, and this cusprun reads version {known} of a "
             f"{kind.name}; make it again, or use the cusprun that made it"
+        )
+
+
+def _refuse_if_later(plain: Any) -> None:
+    """Refuse what has a schema version beyond all known ones: its kind cannot be told by its keys."""
+    found = plain.get(_VERSION) if isinstance(plain, dict) else None
+    latest = max(map(_known_version, KINDS.values()))
+    if type(found) is int and found > latest:
+        raise _UnreadableError(
+            f"it is of schema version {found}, and this cusprun reads up to version {latest}; make it again, "
+            "or use the cusprun that made it"
         )

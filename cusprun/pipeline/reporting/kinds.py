@@ -61,6 +61,7 @@ def _kind(name: str, record: str, keys: str, sections: str, **parts: str) -> Res
 
 
 RUN, BENCH, EVAL, PARITY, MANIFEST = "run", "bench", "evaluation", "proof", "manifest"
+NEURONS, SWEEP = "manifest of single neurons", "sweep"
 
 KINDS: Mapping[str, ResultKind] = {
     kind.name: kind
@@ -69,12 +70,14 @@ KINDS: Mapping[str, ResultKind] = {
               bench=BENCH, quality=EVAL, parity=PARITY),
         _kind(MANIFEST, "cusprun.records:Manifest", "source_hash plan parameters_after",
               "expert:manifest_sections"),
+        _kind(NEURONS, "cusprun.records:NeuronManifest", "source_hash plan zeroed_parameters",
+              "neurons:neuron_sections"),
         _kind(BENCH, "serve.bench.records:BenchReport", "options environment elapsed_s",
               "measured:bench_sections method:method_sections"),
         _kind(EVAL, "cusprun.quality.report:EvalReport", "expert models resamples", "quality:eval_sections"),
         _kind("load test", "serve.bench.endpoint.records:EndpointReport", "endpoints results prompts",
               "endpoints:endpoint_sections"),
-        _kind("sweep", "cusprun.pipeline.curve:SweepReport", "inputs_hash original points",
+        _kind(SWEEP, "cusprun.pipeline.curve:SweepReport", "inputs_hash original points",
               "curves:sweep_sections"),
         _kind("overlap", "cusprun.pruning.overlap:OverlapReport", "dimensions pairs kinds",
               "curves:overlap_sections"),

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cusprun.pipeline.reporting.one_expert import parameters_after
 from cusprun.pipeline.reporting.wording import (
     amount,
     change,
@@ -21,13 +22,13 @@ from cusprun.pipeline.reporting.wording import (
     metric_tokens,
     shown,
 )
+from cusprun.records import Manifest, NeuronManifest
 from serve.bench.records import Comparison, Suite
 from serve.report.view import Aspect, Fact, Verdict
 
 if TYPE_CHECKING:
     from cusprun.pipeline.results import ArtifactFile
     from cusprun.quality.report import CorpusQuality, EvalReport
-    from cusprun.records import Manifest
     from exporters.parity_records import ParityReport
 
 
@@ -106,7 +107,7 @@ _MOST_PROOFS = 3  # shown in the verdict, failed ones first
 class Evidence:
     """What the inputs of a report know of one expert; None and nothing where they do not say."""
 
-    manifest: Manifest | None
+    manifest: Manifest | NeuronManifest | None
     quality: EvalReport | None
     parity: Sequence[ParityReport]
     artifacts: Sequence[ArtifactFile]
@@ -191,7 +192,7 @@ def _kl_text(mean_kl: float | None) -> str:
 
 
 def _quality(name: str, rule: Rule, evidence: Evidence) -> Aspect:
-    rows = _quality_rows(name, evidence.quality)
+    rows = _quality_rows(name, evidence.quality, evidence.manifest)
     if rows is None:
         return _from_manifest(rule, evidence.manifest if name == "held_out" else None)
     before, after = rows
@@ -212,24 +213,36 @@ def _informing(rule: Rule, status: str) -> str:
     return "told" if rule.against is None and status == "look" else status
 
 
-def _quality_rows(name: str, quality: EvalReport | None) -> tuple[CorpusQuality, CorpusQuality] | None:
-    """Return the first model's row and the last one's, where there are two models and they were compared."""
+def _quality_rows(
+    name: str, quality: EvalReport | None, manifest: Manifest | NeuronManifest | None
+) -> tuple[CorpusQuality, CorpusQuality] | None:
+    """Return the first model's row and the expert's, where both were compared.
+
+    The expert is the model that the manifest is of; without one, the last.
+    """
     if quality is None or len(quality.models) < 2 or name not in quality.corpus_names():
         return None
-    before, after = (quality.models[place].corpora.get(name) for place in (0, -1))
+    known = {model.model_hash: model for model in quality.models[1:]}
+    expert = quality.models[-1] if manifest is None else known.get(manifest.model_hash, quality.models[-1])
+    before, after = (model.corpora.get(name) for model in (quality.models[0], expert))
     if before is None or after is None or after.perplexity_ratio is None:
         return None
     return before, after
 
 
-def _from_manifest(rule: Rule, manifest: Manifest | None) -> Aspect:
-    """Return what pruning itself measured on held-out documents, which has no interval."""
+def _from_manifest(rule: Rule, manifest: Manifest | NeuronManifest | None) -> Aspect:
+    """Return what pruning itself measured on held-out documents.
+
+    It has no interval, so it may speak against shipping, but the rule cannot find it fine.
+    """
     found = {} if manifest is None else manifest.measurements.get("held_out", {})
     values = [found.get(f"perplexity_{name}") for name in ("before", "after", "ratio")]
     if not all(isinstance(value, int | float) for value in values):
         return _unknown(rule.aspect, rule.text)
     before, after, ratio = (float(value or 0) for value in values)
     status, word = rule.judge(ratio, ratio)
+    if status == "ok":
+        status, word = "look", f"{word}, by a number without an interval"
     fact = Fact(
         "perplexity, measured while pruning, without an interval",
         f"{before:.2f}",
@@ -262,7 +275,9 @@ def _compared(
     words: tuple[str, str],
 ) -> Aspect:
     failed = tuple(
-        Fact(suite.runtime, "", "failed", suite.failure) for suite in suites if suite.failure is not None
+        Fact(suite.runtime, "", "failed", reason)
+        for suite in suites
+        if (reason := suite.failure or suite.given_up) is not None
     )
     if not chosen:
         unknown = _unknown(name, TEXTS[name])
@@ -313,13 +328,12 @@ def _sizes(evidence: Evidence) -> Iterator[tuple[str, float, float, str]]:
     for suite in () if kinds else evidence.suites:
         if suite.before.file_bytes and suite.after.file_bytes:
             yield f"file, {suite.runtime}", suite.before.file_bytes, suite.after.file_bytes, "bytes"
-    if evidence.manifest is not None and evidence.manifest.parameters_before:
-        yield (
-            "parameters",
-            evidence.manifest.parameters_before,
-            evidence.manifest.parameters_after,
-            "",
-        )
+    manifest = evidence.manifest
+    if manifest is not None:
+        after = parameters_after(manifest)
+        before = manifest.parameters_before if isinstance(manifest, Manifest) else after
+        if before:
+            yield "parameters", before, after, ""
 
 
 def _size_text(value: float, unit: str) -> str:

@@ -109,16 +109,17 @@ class LoadOptions:
         }
         faults = [f"{name} must be at least 1, not {value}" for name, value in counts.items() if value < 1]
         positive = {
-            "stall_s": self.stall_s,
-            "request_limit_s": self.request_limit_s,
-            "rates": min(self.rates, default=1.0),
-            "goodput_ttft_ms": 1.0 if self.goodput_ttft_ms is None else self.goodput_ttft_ms,
-            "goodput_tpot_ms": 1.0 if self.goodput_tpot_ms is None else self.goodput_tpot_ms,
+            "stall_s": (self.stall_s,),
+            "request_limit_s": (self.request_limit_s,),
+            "rates": self.rates,
+            "goodput_ttft_ms": (self.goodput_ttft_ms,),
+            "goodput_tpot_ms": (self.goodput_tpot_ms,),
         }
         faults += [
             f"{name} must be a number over 0, not {value:g}"
-            for name, value in positive.items()
-            if not 0 < value < math.inf
+            for name, values in positive.items()
+            for value in values
+            if value is not None and not 0 < value < math.inf
         ]
         if self.warmup < 0:
             faults.append(f"warmup must be at least 0, not {self.warmup}")
@@ -239,7 +240,8 @@ class LoadComparison:
     """One metric of a later endpoint against the first: the ratio later / first, run by run.
 
     ``level`` is None for the pairs of all levels together. A run with a failed request is in no pair.
-    ``first``, ``later`` and ``ratio`` are None where no pair is left.
+    ``first``, ``later`` and ``ratio`` are None where no pair is left. ``p_value`` is of no difference,
+    corrected for the number of metrics, and of levels where it is of one; None without a pair.
     """
 
     endpoint: int
@@ -250,6 +252,7 @@ class LoadComparison:
     later: Interval | None
     ratio: Interval | None
     verdict: str
+    p_value: float | None = None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from serve.bench.endpoint.records import (
     OK,
@@ -19,17 +19,21 @@ from serve.bench.endpoint.records import (
     Quantiles,
     RequestRecord,
 )
-from serve.bench.records import NO_DIFFERENCE, TOO_FEW_PAIRS, Interval
-from serve.bench.statistics import median_interval, quantile
+from serve.bench.records import TOO_FEW_PAIRS, Interval
+from serve.bench.statistics import (
+    corrected,
+    least_pairs,
+    median_interval,
+    nothing_shown,
+    quantile,
+    signed_rank_p_value,
+)
 
 LATE_MS = 10.0
 """A client that sends its requests later than this, at the 99th percentile, was itself too busy.
 
 A busy client also reads late: a tenth of the 100 ms below which people take an answer to be immediate.
 """
-
-MIN_PAIRS = 6
-"""Pairs that show a difference: of fewer, not even the whole range covers a median in 95 % of cases."""
 
 
 @dataclass(frozen=True)
@@ -177,16 +181,23 @@ def compare_endpoints(
 ) -> tuple[LoadComparison, ...]:
     """Compare each later endpoint with the first, over all levels together and level by level.
 
-    Two runs of the same level in the same round are a pair; one with a request that failed is in none.
+    Two runs of the same level in the same round are a pair; one with a request that failed is in none. The
+    tests over all levels together are corrected for their number, and so are those of the single levels.
     """
     by_place = {(run.endpoint, run.level, run.round): run for run in runs}
     levels = sorted({run.level for run in runs}, key=lambda level: level.value)
-    scopes: list[Level | None] = [None, *levels] if len(levels) > 1 else [*levels]
+    families: list[list[Level | None]] = [[None], [*levels]] if len(levels) > 1 else [[*levels]]
     return tuple(
-        _compare(metric, endpoint, scope, list(_pairs(by_place, endpoint, scope)), seed)
+        found
         for endpoint in range(1, num_endpoints)
-        for scope in scopes
-        for metric in metrics
+        for scopes in families
+        for found in _judged(
+            [
+                (metric, _compare(metric, endpoint, scope, list(_pairs(by_place, endpoint, scope)), seed))
+                for scope in scopes
+                for metric in metrics
+            ]
+        )
     )
 
 
@@ -208,14 +219,16 @@ def _compare(
     pairs: Sequence[tuple[LevelSummary, LevelSummary]],
     seed: int,
 ) -> LoadComparison:
+    """Return a comparison that is not judged yet; its p-value is of this test alone."""
     values = [
         (first, later)
         for one, other in pairs
-        if (first := metric.read(one)) and (later := metric.read(other)) is not None
+        # A ratio to or of nothing is none: leaving out the one but not the other would favour a side.
+        if (first := metric.read(one)) and (later := metric.read(other))
     ]
     if not values:
         return LoadComparison(endpoint, scope, metric.name, 0, None, None, None, TOO_FEW_PAIRS)
-    ratio = median_interval([later / first for first, later in values], seed)
+    ratios = [later / first for first, later in values]
     return LoadComparison(
         endpoint=endpoint,
         level=scope,
@@ -223,16 +236,31 @@ def _compare(
         num_pairs=len(values),
         first=median_interval([first for first, _ in values], seed),
         later=median_interval([later for _, later in values], seed),
-        ratio=ratio,
-        verdict=verdict(metric, ratio, len(values)),
+        ratio=median_interval(ratios, seed),
+        verdict=TOO_FEW_PAIRS,
+        p_value=signed_rank_p_value(ratios),
     )
 
 
-def verdict(metric: LoadMetric, ratio: Interval, num_pairs: int) -> str:
+def _judged(drafts: Sequence[tuple[LoadMetric, LoadComparison]]) -> Iterator[LoadComparison]:
+    """Yield comparisons with their verdicts, the p-values of all of them corrected for their number."""
+    p_values = iter(corrected([draft.p_value for _, draft in drafts if draft.p_value is not None]))
+    least = least_pairs_of([draft for _, draft in drafts])
+    for metric, draft in drafts:
+        if draft.ratio is None:
+            yield draft
+            continue
+        p_value = next(p_values)
+        found = verdict(metric, draft.ratio, p_value, draft.num_pairs, least)
+        yield replace(draft, p_value=p_value, verdict=found)
+
+
+def least_pairs_of(family: Sequence[LoadComparison]) -> int:
+    """Return the pairs from which comparisons that are corrected together can show a difference at all."""
+    return least_pairs(max(1, sum(entry.ratio is not None for entry in family)))
+
+
+def verdict(metric: LoadMetric, ratio: Interval, p_value: float, num_pairs: int, least: int) -> str:
     """Say what the ratio later / first shows."""
-    if ratio.low <= 1 <= ratio.high:
-        return NO_DIFFERENCE
-    if num_pairs < MIN_PAIRS:
-        return TOO_FEW_PAIRS
     smaller, larger = metric.words
-    return smaller if ratio.median < 1 else larger
+    return nothing_shown(ratio, p_value, num_pairs, least) or (smaller if ratio.median < 1 else larger)

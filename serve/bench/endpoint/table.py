@@ -14,7 +14,7 @@ from serve.bench.endpoint.records import (
     LoadOptions,
     Quantiles,
 )
-from serve.bench.endpoint.summary import METRICS, MIN_PAIRS
+from serve.bench.endpoint.summary import METRICS, least_pairs_of
 from serve.bench.endpoint.timeline import FROM_TOKENIZER
 from serve.bench.records import NO_DIFFERENCE, TOO_FEW_PAIRS
 
@@ -27,6 +27,9 @@ SHOWN_METRICS = (
     "end_to_end_latency_p50_ms",
 )
 """What the table of a comparison shows; the report holds every metric."""
+
+PACK = "pack "
+"""How the source of prompts that were made, to the asked length, begins; others are a file's name."""
 
 _UNKNOWN = "–"
 _BUNDLED = 1.1  # tokens to an event with text, from which on a reader must know
@@ -196,10 +199,12 @@ def _notes(report: EndpointReport) -> Iterator[str]:
         "TTFT is the time to first token, ITL the inter-token latency, TPOT the time per output token, E2E "
         "the end-to-end latency, of the requests that ended well."
     )
+    made = report.prompts.startswith(PACK)
+    length = f" of about {options.prompt_tokens} tokens" if made else ""
     yield (
         f"{options.requests} requests a level and round, "
-        f"{rounds} {'round' if rounds == 1 else 'rounds'}, prompts of about {options.prompt_tokens} "
-        f"tokens from {report.prompts}, answers of at most {options.output_tokens}."
+        f"{rounds} {'round' if rounds == 1 else 'rounds'}, prompts{length} from {report.prompts}, "
+        f"answers of at most {options.output_tokens} tokens."
     )
     if options.requests * rounds < _TAIL_REQUESTS:
         yield f"With fewer than {_TAIL_REQUESTS} requests a level, p99 is its largest value or near it."
@@ -207,10 +212,13 @@ def _notes(report: EndpointReport) -> Iterator[str]:
     if len(report.endpoints) > 1:
         yield (
             "Ratios are formed pair by pair, a pair being two runs of one level in one round; the median "
-            "with its 95 % interval."
+            "with its 95 % interval. A difference is named where that leaves out 1 and Wilcoxon's "
+            "signed-rank test, corrected after Holm, shows it too."
         )
-        if rounds < MIN_PAIRS:
-            yield f"A level alone shows a difference from {MIN_PAIRS} rounds on (--rounds {MIN_PAIRS})."
+        alone = [entry for entry in report.comparisons if (entry.endpoint, bool(entry.level)) == (1, True)]
+        least = least_pairs_of(alone)
+        if rounds < least:
+            yield f"A level alone shows a difference from {least} rounds on (--rounds {least})."
     if not report.is_complete:
         yield "The load test was interrupted; this is what had ended."
 

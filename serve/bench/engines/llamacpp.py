@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
@@ -37,7 +38,7 @@ class LlamaCppEngine:
         lib = self._lib
         model_params = lib.llama_model_default_params()
         model_params.n_gpu_layers = 0
-        self._model = lib.llama_model_load_from_file(job.path.encode(), model_params)
+        self._model = lib.llama_model_load_from_file(os.fsencode(job.path), model_params)
         if not self._model:
             raise ModelError(f"llama.cpp cannot load {job.path} ({self._reason()}); export or copy it again")
         params = lib.llama_context_default_params()

@@ -9,7 +9,7 @@ from pathlib import Path
 from cusprun.errors import ModelError
 from serve.bench.measurement import Job, Timing
 from serve.bench.stepping import Gauges, difference
-from serve.runtimes.vllm_process import VllmProcess, find_python
+from serve.runtimes.vllm_process import RequestRefused, VllmProcess, find_python
 
 _MODEL = "measured"
 _START_S = 600.0
@@ -64,7 +64,18 @@ class VllmEngine:
         """Ask for the prompt's first token and as many more as the continuation has; the text cannot end.
 
         Chunks of a stream may hold several tokens; the time to a chunk is then shared among its tokens.
+
+        Raises:
+            ModelError: the server refuses, fails, or makes another number of tokens.
         """
+        try:
+            return self._run(prompt, continuation, gauges)
+        except RequestRefused as error:
+            raise ModelError(
+                f"vLLM refuses a prompt of {len(prompt)} tokens ({error}); measure shorter ones"
+            ) from None
+
+    def _run(self, prompt: Sequence[int], continuation: Sequence[int], gauges: Gauges) -> Timing:
         assert self._server is not None
         request = {
             "model": _MODEL, "prompt": list(prompt), "max_tokens": len(continuation) + 1, "temperature": 0.0,

@@ -1,0 +1,201 @@
+"""Plans for models that are larger than what is at hand: counted operations and bytes over rates.
+
+Operations and bytes follow from the shape. Rates are those of data sheets times the share of the rate of a
+matrix product that was measured where the table ``walk`` was, with the same code on a wide model.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from measuring import Row
+from scale_model import LLAMA_8B, Config
+from scale_parts import RATIO, gigabytes, minutes
+
+from cusprun.families import axis_length, shape_of
+from cusprun.records import Shape
+
+_FLOAT, _DOUBLE, _STORED = 4, 8, 2
+_RIDGES = 5
+"""Factorisations of a refit: one for each of four ridges, and the last one."""
+
+
+LLAMA_70B: Config = {
+    **LLAMA_8B,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+}
+LLAMA_405B: Config = {
+    **LLAMA_8B,
+    "hidden_size": 16384,
+    "intermediate_size": 53248,
+    "num_hidden_layers": 126,
+    "num_attention_heads": 128,
+}
+MODELS: Mapping[str, Config] = {"Llama 3.1 70B": LLAMA_70B, "Llama 3.1 405B": LLAMA_405B}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One kind of box and how many of them; rates are data sheets', in operations or bytes per second.
+
+    ``read_rate`` and ``write_rate`` are those of a box's disks, ``network_rate`` that of one device to the
+    devices of all boxes.
+    """
+
+    title: str
+    boxes: int
+    devices: int
+    float32_rate: float
+    float64_rate: float
+    device_bytes: int
+    host_float64_rate: float
+    disk_rate: float
+    network_rate: float
+
+
+MACHINES: tuple[Machine, ...] = (
+    # H100 SXM: 67 TFLOP/s in float32 and, by its tensor cores, in float64; 80 GB. Two processors of 64 cores
+    # with 16 float64 operations per cycle at 2.5 GHz, four NVMe disks. NVLink within a box, 400 Gbit/s for
+    # each GPU between boxes.
+    Machine("1 box with 1 H100", 1, 1, 67e12, 67e12, 80 * 10**9, 5e12, 12e9, 450e9),
+    Machine("1 box with 8 H100", 1, 8, 67e12, 67e12, 80 * 10**9, 5e12, 12e9, 450e9),
+    Machine("8 boxes with 8 H100 each", 8, 8, 67e12, 67e12, 80 * 10**9, 5e12, 12e9, 50e9),
+)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Measured shares of the rate of a large matrix product: of a walk in float32, of solving in float64."""
+
+    walk: float
+    solve: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """Pruning a model of some shape on documents of ``length`` tokens each; all counts are of all blocks."""
+
+    shape: Shape
+    documents: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        """All tokens."""
+        return self.documents * self.length
+
+    @property
+    def block_parameters(self) -> int:
+        """Parameters of the matrices of one block."""
+        shape = self.shape
+        heads, kv = axis_length("heads", shape), axis_length("kv", shape)
+        return shape.hidden_size * (2 * heads + 2 * kv + 3 * shape.intermediate_size)
+
+    @property
+    def model_bytes(self) -> int:
+        """Bytes of the model as it is stored."""
+        tables = self.shape.vocab_size * self.shape.hidden_size * (2 - self.shape.tie_word_embeddings)
+        return _STORED * (self.block_parameters * self.shape.num_hidden_layers + tables)
+
+    @property
+    def pass_operations(self) -> float:
+        """One pass of all tokens through all blocks; attention sees half of a document in the mean."""
+        attention = 2 * self.length * axis_length("heads", self.shape)
+        return self.shape.num_hidden_layers * self.tokens * (2.0 * self.block_parameters + attention)
+
+    @property
+    def gram_operations(self) -> float:
+        """The upper triangles of the Gram matrices of both last projections."""
+        widths = axis_length("heads", self.shape), self.shape.intermediate_size
+        return float(self.shape.num_hidden_layers * self.tokens) * sum(width**2 for width in widths)
+
+    @property
+    def solve_operations(self) -> float:
+        """The choice of the FFN channels, and the least squares for those that stay."""
+        width, hidden = float(self.shape.intermediate_size), self.shape.hidden_size
+        kept = width * (1 - RATIO)
+        choice = width**3 + 2 * (width - kept) * kept * (width + hidden)
+        least_squares = _RIDGES * (kept**3 / 3 + 4 * kept**2 * hidden)
+        return self.shape.num_hidden_layers * (choice + least_squares)
+
+    @property
+    def spilled_bytes(self) -> int:
+        """What the refit holds in files: two hidden states and both projections' channels of each token."""
+        width = 2 * self.shape.hidden_size + axis_length("heads", self.shape) + self.shape.intermediate_size
+        return _FLOAT * self.tokens * width
+
+    @property
+    def gram_bytes(self) -> int:
+        """The Gram matrix of the widest projection while it is filled."""
+        return _FLOAT * self.shape.intermediate_size**2
+
+    @property
+    def solve_bytes(self) -> int:
+        """What solving holds: the Gram matrix, two of its size in float64, three of the weights' size."""
+        width, hidden = self.shape.intermediate_size, self.shape.hidden_size
+        return self.gram_bytes + _DOUBLE * (2 * width**2 + 3 * width * hidden)
+
+
+def shares_of(row: Row) -> Shares:
+    """Return the shares that a row of the table ``walk`` shows."""
+    shape = Shape(**row["shape"])
+    work = Work(shape, row["documents"], row["tokens"] // row["documents"])
+    times = row["rounds_seconds"]
+    score, refit = (
+        statistics.median(each[stage] for each in times) for stage in ("score", "refit_and_write")
+    )
+    walk_rate = work.pass_operations / score
+    walked = (work.pass_operations + work.gram_operations) / walk_rate
+    solve_rate = work.solve_operations / max(refit - walked, refit / 10)
+    rates = row["product_rates"]
+    return Shares(walk_rate / rates["float32"], solve_rate / rates["float64"])
+
+
+def stages(work: Work, machine: Machine, shares: Shares) -> dict[str, float]:
+    """Return the seconds of each stage."""
+    devices = machine.boxes * machine.devices
+    walk_rate = devices * machine.float32_rate * shares.walk
+    on_device = work.solve_bytes + _FLOAT * work.block_parameters <= machine.device_bytes
+    solve_rate = machine.float64_rate if on_device else machine.host_float64_rate
+    read = work.model_bytes / machine.disk_rate
+    layers = work.shape.num_hidden_layers
+    summed = 2 * work.gram_bytes * layers / machine.network_rate if devices > 1 else 0.0
+    spilled = 2 * work.spilled_bytes * layers / (machine.boxes * machine.disk_rate)
+    return {
+        "score": work.pass_operations / walk_rate + read,
+        "refit_walk": (work.pass_operations + work.gram_operations) / walk_rate + read + spilled + summed,
+        "refit_solve": work.solve_operations / (solve_rate * shares.solve),
+        "write": 2 * work.model_bytes / machine.disk_rate,
+    }
+
+
+def _lines(shares: Shares, documents: int, length: int) -> Iterator[str]:
+    for title, config in MODELS.items():
+        work = Work(shape_of(config, title), documents, length)
+        for machine in MACHINES:
+            seconds = stages(work, machine, shares)
+            whole = minutes(sum(seconds.values()))
+            each = " | ".join(minutes(value) for value in seconds.values())
+            on_device = work.gram_bytes + _FLOAT * work.block_parameters
+            yield (
+                f"| {title} | {machine.title} | {each} | {whole} | {gigabytes(on_device)} | "
+                f"{gigabytes(work.model_bytes)} + {gigabytes(work.spilled_bytes)} |"
+            )
+
+
+def to_markdown(row: Row, documents: int = 256, length: int = 512) -> str:
+    """Render the plans from a row of the table ``walk``."""
+    shares = shares_of(row)
+    return (
+        "| model | machine | scoring | refit: walk | refit: solving | writing | whole | on each GPU, GB | "
+        "on disk, GB |\n|---|---|---:|---:|---:|---:|---:|---:|---:|\n"
+        + "\n".join(_lines(shares, documents, length))
+        + f"\n\n{documents} documents of {length} tokens, ratio {RATIO}. Computed, not measured: operations "
+        "and bytes by the shape; data-sheet rates times the measured shares of a matrix product's rate, "
+        f"{shares.walk:.2f} for the walk in float32 and {shares.solve:.2f} for solving in float64.\n"
+    )
