@@ -8,6 +8,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cusprun.codec import key_of
 from cusprun.errors import CorpusError, ModelError, UserError, require_kind
 from cusprun.pipeline.workspaces import require_whole_model, workspace_of
 from cusprun.progress import SILENT, Progress
@@ -176,6 +177,7 @@ def measure(
             model.index,
             documents,
             reference,
+            key=key_of(model.model_hash, opened[0].model_hash, len(opened) > 1),
             device=model.device,
             workspace=model.workspace,
             progress=progress,

@@ -80,6 +80,7 @@ def prune_neurons(
         ),
         measure=bool(corpora.held_out),
         device=opened.device,
+        workspace=opened.workspace,
         progress=progress,
     )
 

@@ -46,6 +46,7 @@ def original_likelihoods(
         found = measure_likelihood(
             opened.index,
             documents,
+            key=opened.model_hash,
             device=opened.device,
             workspace=opened.workspace,
             progress=progress,
