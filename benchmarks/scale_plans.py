@@ -76,8 +76,8 @@ MACHINES: tuple[Machine, ...] = (
 class Shares:
     """What was measured.
 
-    ``walk`` in float32 and ``solve`` in float64 are shares of the rate of a large matrix product; ``hash_rate``
-    is in bytes per second.
+    ``walk`` in float32 and ``solve`` in float64 are shares of the rate of a large matrix product, ``hash_rate``
+    is bytes per second.
     """
 
     walk: float
@@ -224,8 +224,8 @@ def to_markdown(row: Row, documents: int = 256, length: int = 512) -> str:
         _needs(title, Work(index_of(config), documents, length)) for title, config in MODELS.items()
     )
     return (
-        "| model | machine | hashing | scoring | refit: walk | refit: solving | writing | whole | solved on |\n"
-        "|---|---|---:|---:|---:|---:|---:|---:|---|\n"
+        "| model | machine | hashing | scoring | refit: walk | refit: solving | writing | whole | "
+        "solved on |\n|---|---|---:|---:|---:|---:|---:|---:|---|\n"
         + "\n".join(_lines(shares, documents, length))
         + f"\n\n{documents} documents of {length} tokens, ratio {RATIO}. Computed, not measured: operations "
         "and bytes by the shape; data-sheet rates times the measured shares of a matrix product's rate, "
