@@ -10,6 +10,7 @@ file inside an installed Python package.
 ``score``           a model and an expert to a store of impacts, of units or of single neurons
 ``plan``            impacts to the shape and the units that survive
 ``prune``           a model and an expert to a smaller model
+``estimate``        what pruning will take of time, memory and disk
 ``export``          a Hugging Face folder to GGUF, ONNX or a folder for vLLM, proven equal
 ``verify``          the proof alone, for exports that exist
 ``evaluate``        perplexity and agreement on held-out documents, and scores on tasks
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from cusprun.pipeline.artifacts import export as export
     from cusprun.pipeline.bench import bench as bench
     from cusprun.pipeline.deploy import deploy as deploy
+    from cusprun.pipeline.estimate import estimate as estimate
     from cusprun.pipeline.evaluation import evaluate as evaluate
     from cusprun.pipeline.load_test import load_test as load_test
     from cusprun.pipeline.models import import_gguf as import_gguf
@@ -61,6 +63,7 @@ _FUNCTIONS = {
     "score": "cusprun.pipeline.stages",
     "plan": "cusprun.pipeline.stages",
     "prune": "cusprun.pipeline.stages",
+    "estimate": "cusprun.pipeline.estimate",
     "export": "cusprun.pipeline.artifacts",
     "verify": "cusprun.pipeline.proof",
     "bench": "cusprun.pipeline.bench",
@@ -84,6 +87,7 @@ __all__ = [
     "deploy",
     "doctor",
     "errors",
+    "estimate",
     "evaluate",
     "export",
     "import_gguf",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import mmap
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from cusprun.checkpoint.index import CheckpointIndex
 from cusprun.checkpoint.safetensors_header import TensorInfo
 from cusprun.checkpoint.writer import TORCH_NAMES
-from cusprun.errors import ModelError
+from cusprun.errors import ModelError, UserError
 
 _TORCH_TYPES = {name: kind for kind, name in TORCH_NAMES.items()}
 
@@ -26,11 +27,17 @@ def read_tensor(index: CheckpointIndex, name: str, dtype: torch.dtype | None = N
 
     Raises:
         ModelError: the file cannot be read any more, or the tensor holds NaN or infinite values.
+        UserError: the process is allowed no more memory.
     """
     info = index.tensors[name]
     try:
         tensor = _mapped(info)
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+            raise UserError(
+                f"there is no memory left to read {name} of {info.file}; free some, or raise the limit of "
+                "this process (ulimit -d, ulimit -v)"
+            ) from None
         raise ModelError(f"{info.file}: {name} cannot be read ({error}); copy the file again") from None
     # Both ends are finite exactly when all values are; one pass, 18 times faster than a test of each value.
     if tensor.numel() and not all(math.isfinite(float(end)) for end in torch.aminmax(tensor)):

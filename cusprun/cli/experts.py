@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cusprun.cli.console import shown_progress, stdout
+from cusprun.cli.estimates import refuse_several, refuse_unknowable, show_estimate
 from cusprun.cli.options import (
     DeviceName,
     ExpertFile,
@@ -33,6 +34,7 @@ from cusprun.cli.options import (
     write_json,
 )
 from cusprun.cli.shared import ranks_of
+from cusprun.errors import UserError
 from cusprun.walk.device import DEFAULT_DEVICE
 
 ScorePaths = Annotated[
@@ -124,7 +126,7 @@ def prune(
     context: typer.Context,
     model: Model,
     expert: ExpertFile,
-    out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="Folder to write.", show_default=False)] = None,
     ratio: Ratio = None,
     target_params: TargetParams = None,
     target_bytes: TargetBytes = None,
@@ -157,12 +159,50 @@ def prune(
     device: DeviceName = DEFAULT_DEVICE,
     memory: Memory = None,
     workdir: WorkDir = None,
+    estimate: Annotated[
+        bool,
+        typer.Option("--estimate", help="Say what it will take of time, memory and disk; write nothing."),
+    ] = False,
+    json: JsonFile = None,
 ) -> None:
     """Write the smaller model that an expert needs; scores and plans itself unless given both."""
     from cusprun.cli.tables import manifest_tables, neuron_tables
     from cusprun.pipeline.stages import prune as run
     from cusprun.records import Manifest
 
+    if estimate:
+        refuse_several(ranks_of(context))
+        refuse_unknowable(
+            {
+                "--target-bytes": target_bytes,
+                "--max-loss": max_loss,
+                "--scores": scores,
+                "--plan": plan_file,
+                "--shard-size": shard_size,
+                "--granularity": None if granularity == "unit" else granularity,
+            }
+        )
+        show_estimate(
+            model,
+            expert,
+            json=json,
+            ratio=ratio,
+            target_params=parse_count(target_params),
+            rule=rule,
+            targets=split_list(targets),
+            units=split_list(units),
+            refit=refit,
+            dimension_weights=parse_weights(weight),
+            refit_target=refit_target,
+            device=device,
+            memory=memory,
+            workdir=workdir,
+        )
+        return
+    if out is None:
+        raise UserError("prune writes a folder; name it with --out")
+    if json is not None:
+        raise UserError("--json is for --estimate; what was pruned is told by cusprun.json in the folder")
     manifest = run(
         model,
         expert,

@@ -210,7 +210,7 @@ def expert_config(index: CheckpointIndex, plan: Plan, flags: Sequence[str] = ())
     return {
         **index.config,
         **(
-            _cut_blocks(index, plan.kept_blocks)
+            cut_blocks(index, plan.kept_blocks)
             if after.num_hidden_layers != plan.before.num_hidden_layers
             else {}
         ),
@@ -222,7 +222,7 @@ def expert_config(index: CheckpointIndex, plan: Plan, flags: Sequence[str] = ())
     }
 
 
-def _cut_blocks(index: CheckpointIndex, kept: Sequence[int]) -> dict[str, Any]:
+def cut_blocks(index: CheckpointIndex, kept: Sequence[int]) -> dict[str, Any]:
     """Return the config keys that change when only the blocks ``kept`` stay."""
     config: dict[str, Any] = dict(index.config)
     count = index.shape.num_hidden_layers

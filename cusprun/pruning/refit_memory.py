@@ -32,6 +32,14 @@ def refitting(
     return demand
 
 
+def mapped_bytes(
+    index: CheckpointIndex, lengths: Sequence[int], settings: RefitSettings, memory_bytes: int | None
+) -> int:
+    """Return the bytes of the refit's matrices that lie in files within a bound on memory; 0 without."""
+    whole = _solving_bytes(index, lengths, settings)
+    return 0 if memory_bytes is None else max(0, whole - round(_SHARE * memory_bytes))
+
+
 def _solving_bytes(index: CheckpointIndex, lengths: Sequence[int], settings: RefitSettings) -> int:
     """Return the bytes of the least squares of the widest projection with everything in memory."""
     if settings.mode != "refit":

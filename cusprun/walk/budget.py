@@ -123,7 +123,7 @@ def walking(index: CheckpointIndex, lengths: Sequence[int], stage: str) -> Deman
 def measuring(indexes: Sequence[CheckpointIndex], lengths: Sequence[int]) -> Demand:
     """Return what the likelihood of documents takes, of one model or of one and its reference."""
     # The head comes behind the blocks: the larger of both counts, of weights and of tokens.
-    fixed = {"one block in float32": max(HEAD_PIECE_BYTES, *map(block_bytes, indexes))}
+    fixed = {"one block or a piece of the head in float32": max(HEAD_PIECE_BYTES, *map(block_bytes, indexes))}
     per_token = max(max(token_bytes(index, lengths), _head_token_bytes(index)) for index in indexes)
     return Demand("measuring quality", fixed, per_token, max(lengths, default=1))
 

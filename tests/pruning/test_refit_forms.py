@@ -317,7 +317,7 @@ def test_ranks_that_share_the_batches_find_what_one_alone_does(
         return inputs
 
     shared = _Shared(len(shares))
-    ranks = [Together(rank, len(shares), shared) for rank in range(len(shares))]
+    ranks = [Together(rank, len(shares), shared=shared) for rank in range(len(shares))]
     with ThreadPoolExecutor(len(shares)) as pool:
         found = list(pool.map(collected, ranks, shares))
     alone, keep = collected(ALONE, range(4)), list(range(0, 20, 2))

@@ -191,5 +191,5 @@ def test_a_process_that_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_launcher_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_run, "START_S", 0.2)
-    with pytest.raises(RankError, match="rank 1 cannot reach the launcher's store at 127.0.0.1"):
+    with pytest.raises(RankError, match=r"rank 1 cannot reach the launcher's store at 127\.0\.0\.1"):
         SharedRun(launched(1, 2, free_port())).ranks()
