@@ -8,6 +8,7 @@ which xllamacpp is 34, and 67 MB for ONNX.
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,7 +22,11 @@ from deploy.requirements import ENGINE_MODULES, LIBRARIES, pinned
 from deploy.wheelhouse import fetch, requirement_lines
 
 _WHEELS = "wheels"
-_NOT_ON_WINDOWS = frozenset('<>:"|?*\\')
+_NOT_ON_WINDOWS = re.compile(
+    r"""[<>:"|?*\\] | [. ](?:/|$) | (?:^|/)(?:con|prn|aux|nul|com\d|lpt\d)(?:[./]|$)""", re.I | re.X
+)
+"""https://learn.microsoft.com/windows/win32/fileio/naming-a-file"""
+
 _SCRIPTS = {"posix": ("start.sh",), "nt": ("start.bat", "start.ps1")}
 
 
@@ -29,7 +34,8 @@ def check(facts: Facts, options: Mapping[str, str | None]) -> None:
     """Raise ``UserError`` for a platform or a Python that there can be no bundle for."""
     platform = _platform(options)
     python_there(options.get("python"))
-    odd = next((name for name in (facts.artifact_name, *facts.sha256) if _NOT_ON_WINDOWS & {*name}), None)
+    names = (facts.artifact_name, *facts.sha256)
+    odd = next((name for name in names if _NOT_ON_WINDOWS.search(name)), None)
     if MACHINES[platform].os_name == "nt" and odd is not None:
         raise UserError(f"Windows has no files with names like {odd!r}; rename it")
     if facts.artifact_name.startswith("-"):
@@ -94,7 +100,7 @@ def _settings(facts: Facts, platform: str, python: str) -> bytes:
 
 def _libraries(facts: Facts, platform: str) -> str:
     """Return what the wheels take from the system, empty where that is always there."""
-    return LIBRARIES[facts.engine] if MACHINES[platform].sys_platform == "linux" else ""
+    return LIBRARIES.get((MACHINES[platform].sys_platform, facts.engine), "")
 
 
 def _platform(options: Mapping[str, str | None]) -> str:

@@ -13,11 +13,14 @@ UNUSED: Mapping[str, frozenset[str]] = {"tokenizers": frozenset({"huggingface-hu
 ENGINE_MODULES: Mapping[str, str] = {"llamacpp": "xllamacpp", "onnx": "onnxruntime_genai"}
 """What is imported to find out whether an engine's wheel works on a machine."""
 
-LIBRARIES: Mapping[str, str] = {
-    "llamacpp": "the libraries of OpenMP and C++ (Debian's packages libgomp1 and libstdc++6)",
-    "onnx": "the library of C++ (Debian's package libstdc++6)",
+_VISUAL_C = "Microsoft's Visual C++ Redistributable (x64) of 2015 or later"
+LIBRARIES: Mapping[tuple[str, str], str] = {
+    ("linux", "llamacpp"): "the libraries of OpenMP and C++ (Debian's packages libgomp1 and libstdc++6)",
+    ("linux", "onnx"): "the library of C++ (Debian's package libstdc++6)",
+    ("win32", "llamacpp"): _VISUAL_C,
+    ("win32", "onnx"): _VISUAL_C,
 }
-"""What the wheels of an engine take from a Linux system, besides its C library."""
+"""What the wheels of an engine take from a system (``sys.platform``) that it may lack. macOS has it all."""
 
 ABSENT_HERE: Mapping[str, str] = {
     "async-timeout": "5.0.1",

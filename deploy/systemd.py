@@ -83,7 +83,7 @@ def _values(facts: Facts, options: Mapping[str, str | None]) -> dict[str, Any]:
             _FEWEST_TASKS[facts.engine == "vllm"], _TASKS_PER_THREAD * (facts.sizing.num_threads or 0)
         ),
         "module": ENGINE_MODULES.get(facts.engine),
-        "libraries": LIBRARIES.get(facts.engine, ""),
+        "libraries": LIBRARIES.get(("linux", facts.engine), ""),
         "route": route,
         "body": body,
     }

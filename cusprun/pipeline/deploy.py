@@ -65,7 +65,9 @@ def deploy(
     from deploy.targets import complete_options, load, target_of
 
     target = target_of(to)
-    given = {**({} if platform is None else {_PLATFORM: platform}), **(options or {})}
+    given = dict(options or {})
+    if platform is not None and given.setdefault(_PLATFORM, platform) != platform:
+        raise UserError(f"the platforms {platform!r} and {given[_PLATFORM]!r} are asked for; give one")
     wanted = complete_options(target, given)
     folder = fresh_output(out)
     modified_s = _modified_s()
@@ -92,7 +94,7 @@ def deploy(
 
 
 def _original(path: Path, facts: Facts, beside_bytes: int, progress: Progress) -> Facts:
-    """Return the facts of an artifact to be served beside, with the same context and requests at once.
+    """Return the facts of an artifact to be served beside, with the same context, requests and threads.
 
     Raises:
         ExportError: it is of another format.
@@ -100,12 +102,13 @@ def _original(path: Path, facts: Facts, beside_bytes: int, progress: Progress) -
     found = format_of_artifact(path)
     if found != facts.format:
         raise ExportError(
-            f"the original {path} is a {found} artifact and the expert a {facts.format} one; export the "
+            f"the original {path} is of the format {found} and the expert of {facts.format}; export the "
             f"original to {facts.format} as well"
         )
     sizing = facts.sizing
     request = Request(None, sizing.context_tokens, sizing.parallel, None, beside_bytes)
-    return gather(path, found, request, progress=progress)
+    original = gather(path, found, request, progress=progress)
+    return replace(original, sizing=replace(original.sizing, num_threads=sizing.num_threads))
 
 
 def write_files(
@@ -128,9 +131,10 @@ def write_files(
                 raise ModelError(f"{root / name} was changed meanwhile; deploy it again")
     lines = "".join(f"{digest}  {path}\n" for path, digest in sorted(sums.items()))
     _write(folder, File(SUMS_NAME, lines.encode()), root)
-    for path in sorted(folder.rglob("*"), reverse=True):
+    for path in (*sorted(folder.rglob("*"), reverse=True), folder):
+        if path.is_dir():
+            path.chmod(0o755)
         os.utime(path, (modified_s, modified_s))
-    os.utime(folder, (modified_s, modified_s))
     return sums
 
 

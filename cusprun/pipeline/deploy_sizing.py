@@ -126,7 +126,8 @@ def _measured(results: Path, engine: str, artifact: Path) -> _Measured:
     for suite in suites:
         peak = _peak_of(suite, artifact.name)
         if peak is not None:
-            return _Measured(peak, suite.context_length, report.environment.num_threads, suite.library)
+            library = " ".join(suite.library.split())
+            return _Measured(peak, suite.context_length, report.environment.num_threads, library)
     found = sorted({side.file_name for suite in suites for side in (suite.after, suite.before)})
     raise UserError(
         f"{results} has no peak memory of {artifact.name} in {engine}, but of: {', '.join(found) or 'none'}; "

@@ -290,7 +290,7 @@ def prune_opened(
     progress: Progress = SILENT,
 ) -> Manifest:
     """Do the work of :func:`prune` on a model and corpora that are open."""
-    from cusprun.pipeline.search import largest_within_loss
+    from cusprun.pipeline.search import KnownLosses, largest_within_loss
 
     seconds: dict[str, float] = {}
     if wishes.plan is not None:
@@ -313,11 +313,11 @@ def prune_opened(
         started = time.monotonic()
         ranks = opened.workspace.ranks
         if wishes.max_loss is not None:
-            limit = wishes.max_loss
+            limit, known = wishes.max_loss, KnownLosses.of(opened, corpora, settings)
             return written_together(
                 ranks,
                 lambda write: largest_within_loss(
-                    _planner_of(opened, corpora, stores, wishes), limit, out, write
+                    _planner_of(opened, corpora, stores, wishes), limit, out, write, known
                 ),
                 lambda made, folder: _write(opened, expert, corpora, folder, made, wishes, seconds, progress),
             )

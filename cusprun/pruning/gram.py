@@ -7,7 +7,7 @@ import copy
 import torch
 
 from cusprun.pruning.least_squares import Judge, Metric, System
-from cusprun.pruning.triangle import add_gram, add_product, columns_of, factored, quadratic, spans
+from cusprun.pruning.triangle import add_gram, add_product, columns_of, dot, factored, quadratic, spans
 from cusprun.walk.device import CPU, Device
 from cusprun.walk.ranks import Ranks
 from cusprun.walk.scratch import IN_MEMORY, Scratch
@@ -59,7 +59,7 @@ class Gram:
         """Return the least squares of the columns ``kept`` of ``weight`` [features, n]."""
         matrix = self._scratch.zeros((len(kept), len(kept)), device=weight.device)
         target = self._scratch.zeros((len(weight), len(kept)), device=weight.device)
-        lost = weight[:, gone].double()
+        lost = self._scratch.copied(weight[:, gone])
         for start, stop in spans(len(kept)):
             columns = columns_of(self.matrix, kept[start:stop])
             matrix[:stop, start:stop] = columns[kept[:stop]]
@@ -70,9 +70,8 @@ class Gram:
 
     def judge(self, weight: torch.Tensor, kept: torch.Tensor, gone: torch.Tensor) -> Judge:
         """Return these tokens as those that a solution for ``kept`` is judged on."""
-        lost = weight.double()
+        lost = self._scratch.copied(weight)
         energy = self._energy(lost)
-        lost = lost.clone()
         lost[:, kept] = 0
         return _GramJudge(self.system(weight, kept, gone), max(self._energy(lost), 0.0), energy)
 
@@ -80,7 +79,7 @@ class Gram:
         """Return the squared norm of a W^T + d."""
         energy = quadratic(self.matrix, weight)
         if self.cross is not None:
-            energy += 2 * float((self.cross * weight).sum()) + self.drift_energy
+            energy += 2 * dot(self.cross, weight) + self.drift_energy
         return energy
 
     def metric(self, ridge: float) -> Metric:
@@ -103,8 +102,7 @@ class GramSystem(System):
 
     def gain(self, change: torch.Tensor) -> float:
         """Return by how much a change [features, S] lessens the squared error on this system's tokens."""
-        both = torch.dot(change.flatten(), self.target.flatten())
-        return 2 * float(both) - quadratic(self.matrix, change)
+        return 2 * dot(change, self.target) - quadratic(self.matrix, change)
 
     def with_rows(self, survivors: torch.Tensor, lost: torch.Tensor) -> System:
         """Add other tokens to this one's."""
@@ -115,7 +113,7 @@ class GramSystem(System):
     def with_sums(self, other: System) -> System:
         """Add the tokens of another to this one's."""
         for start, stop in spans(len(self.matrix)):
-            self.matrix[start:stop, start:] += other.matrix[start:stop, start:]
+            self.matrix[start:stop, start:].add_(other.matrix[start:stop, start:])
         self.target += other.target
         return self
 

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from cusprun.pruning.triangle import Factor, factored
+from cusprun.pruning.triangle import Factor, factored, spans
 from cusprun.walk.scratch import Scratch
 
 
@@ -41,15 +41,19 @@ class System:
         raise NotImplementedError
 
     def predicted(self, survivors: torch.Tensor, ridge: float) -> torch.Tensor:
-        """Return what the change of a ridge gives for channels S of other tokens [p, S]: [p, features].
+        """Return what the change of a ridge gives for channels S of others: [p, features] for [p, S].
 
         The smaller of both sides is solved for, p or the features.
         """
-        seen = self.seen(survivors)
-        if len(seen) < len(self.target):
-            solved = self._factor(ridge).solve(self._scratch.copied(seen))
-            return (solved @ self.target.T).to(seen.dtype)
-        return seen @ self.solved(ridge).to(seen.dtype).T
+        seen, other = self.seen(survivors), self.target
+        if len(seen) < len(other):
+            seen = self._factor(ridge).solve(self._scratch.copied(seen))
+        else:
+            other = self.solved(ridge)
+        found = self._scratch.zeros((len(seen), len(other)), survivors.dtype, seen.device)
+        for start, stop in spans(len(other)):
+            found[:, start:stop] = seen @ other[start:stop].to(seen.dtype).T
+        return found
 
     def solved(self, ridge: float) -> torch.Tensor:
         """Return Z: float64 [features, m]."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from cusprun.pruning.least_squares import Judge, Metric, System
-from cusprun.pruning.triangle import add_gram, factored, spans
+from cusprun.pruning.triangle import add_gram, dot, factored, spans
 from cusprun.walk.device import CPU, Device
 from cusprun.walk.ranks import Ranks
 from cusprun.walk.scratch import IN_MEMORY, Scratch
@@ -75,8 +75,10 @@ class Rows:
         A difference is taken before it is squared, so that an error of 1e-6 of the energy has three digits.
         """
         survivors, lost = self._gathered(kept), self._lost(weight, gone, torch.float32)
-        whole = lost + survivors @ weight[:, kept].float().T
-        return _RowsJudge(survivors, lost, _energy(lost), _energy(whole))
+        before = dot(lost, lost)
+        columns = self._scratch.copied(weight[:, kept], torch.float32)
+        whole = self._scratch.copied(lost, torch.float32).addmm_(survivors, columns.T)
+        return _RowsJudge(survivors, lost, before, dot(whole, whole))
 
     def _gathered(self, kept: torch.Tensor) -> torch.Tensor:
         survivors = self._scratch.zeros((len(self.rows), len(kept)), torch.float32, self.rows.device)
@@ -87,10 +89,12 @@ class Rows:
     def _lost(self, weight: torch.Tensor, gone: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return y = a_R W_R^T + d: [tokens, features]."""
         lost = self._scratch.zeros((len(self.rows), len(weight)), dtype, self.rows.device)
-        columns = weight[:, gone].to(dtype).T
+        columns = self._scratch.copied(weight[:, gone], dtype)
         for start, stop in spans(len(lost), _CHUNK):
-            lost[start:stop] = self.rows[start:stop][:, gone].to(dtype) @ columns
-        return lost if self.drift is None else lost.add_(self.drift)
+            lost[start:stop] = self.rows[start:stop][:, gone].to(dtype) @ columns.T
+            if self.drift is not None:
+                lost[start:stop].add_(self.drift[start:stop])
+        return lost
 
     def metric(self, ridge: float) -> Metric:
         """Return (a^T a + ridge * I)^-1, by the factor of a a^T + ridge * I."""
@@ -101,7 +105,7 @@ class Rows:
         roots = factor.forward(self._scratch.copied(self.rows.T))
         moved = None
         if self.drift is not None:
-            drift = factor.forward(self.drift.T.double())
+            drift = factor.forward(self._scratch.copied(self.drift.T))
             moved = self._scratch.zeros((len(drift), width), device=self.rows.device)
             moved.addmm_(drift, roots.T)
         return Metric(_KernelInverse(roots, factor.ridge), moved)
@@ -154,10 +158,10 @@ class _KernelSystem(System):
 
     def gain(self, change: torch.Tensor) -> float:
         """Return by how much a change [features, S] lessens the squared error on this system's tokens."""
-        given = self._scratch.zeros(self.target.shape, device=change.device)
+        given = self._scratch.zeros(self.target.shape, torch.float32, change.device)
         for start, stop in spans(change.shape[1], _CHUNK):
-            given.add_(change[:, start:stop].float() @ self._survivors[:, start:stop].T)
-        return 2 * float(torch.dot(given.flatten(), self.target.flatten())) - _energy(given)
+            given.addmm_(change[:, start:stop].float(), self._survivors[:, start:stop].T)
+        return 2 * dot(given, self.target) - dot(given, given)
 
     def with_rows(self, survivors: torch.Tensor, lost: torch.Tensor) -> System:
         """Return the system of these tokens and of others."""
@@ -178,7 +182,8 @@ class _RowsJudge:
         self._survivors, self._lost, self.before, self.energy = survivors, lost, before, energy
 
     def error(self, system: System, ridge: float) -> float:
-        return _energy(self._lost - system.predicted(self._survivors, ridge))
+        missing = system.predicted(self._survivors, ridge).sub_(self._lost)
+        return dot(missing, missing)
 
     def joined(self, system: System) -> System:
         return system.with_rows(self._survivors, self._lost)
@@ -188,7 +193,3 @@ def _add_kernel(total: torch.Tensor, rows: torch.Tensor) -> None:
     """Add ``rows rows^T`` to the upper half of ``total`` in place, in float64."""
     for start, stop in spans(rows.shape[1], _CHUNK):
         add_gram(total, rows[:, start:stop].double().T)
-
-
-def _energy(rows: torch.Tensor) -> float:
-    return float(rows.double().square().sum())

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from cusprun.pruning.least_squares import Metric
-from cusprun.pruning.triangle import factored
+from cusprun.pruning.triangle import factored, spans
 from cusprun.walk.scratch import IN_MEMORY, Scratch
 
 ROUNDS = 16
@@ -43,7 +43,8 @@ def choose_channels(
     width = weight.shape[1]
     current = scratch.copied(weight.T, torch.float32)  # of a channel, all is in one place
     if metric.moved is not None:
-        current += metric.moved.T
+        for start, stop in spans(width):
+            current[start:stop].add_(metric.moved[:, start:stop].T)
     eliminated = scratch.zeros((width, width - count), device=weight.device)
     diagonal = metric.inverse.diagonal()
     stays = torch.ones(width, dtype=torch.bool, device=weight.device)

@@ -36,8 +36,16 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
     """Add ``left^T right`` to ``total`` in place, with products in their own type; [k, m] and [k, n]."""
     if left.dtype == total.dtype:
         total.addmm_(left.T, right)
-    else:
-        total.add_(left.T @ right)
+        return
+    for start, stop in spans(len(total)):
+        total[start:stop].add_(left[:, start:stop].T @ right)
+
+
+def dot(left: torch.Tensor, right: torch.Tensor) -> float:
+    """Return the sum of the products of entries of two matrices, summed in float64."""
+    return sum(
+        float((left[start:stop].double() * right[start:stop]).sum()) for start, stop in spans(len(left))
+    )
 
 
 def columns_of(matrix: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

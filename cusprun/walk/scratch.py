@@ -49,7 +49,7 @@ class Scratch:
         kind = {torch.float32: np.float32, torch.float64: np.float64}[dtype]
         try:
             with tempfile.TemporaryFile(dir=folder, prefix=".cusprun-scratch-") as file:
-                _reserve(file.fileno(), num_bytes)
+                reserve(file.fileno(), num_bytes)
                 return torch.from_numpy(np.memmap(file, dtype=kind, mode="r+", shape=tuple(shape)))
         except OSError as error:
             raise OutputError(
@@ -73,7 +73,7 @@ def scratch_of(workspace: Workspace) -> Scratch:
     return Scratch(workspace.folder, limit)
 
 
-def _reserve(descriptor: int, num_bytes: int) -> None:
+def reserve(descriptor: int, num_bytes: int) -> None:
     """Give a file its size, with disk behind it: a mapped page for which there is none kills the process."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, num_bytes)

@@ -16,6 +16,7 @@ import torch
 from cusprun.errors import OutputError
 from cusprun.walk.batches import Batch
 from cusprun.walk.device import CPU, Device
+from cusprun.walk.scratch import reserve
 
 
 def _opened(folder: Path, name: str | None) -> IO[bytes]:
@@ -23,14 +24,6 @@ def _opened(folder: Path, name: str | None) -> IO[bytes]:
     if name is None:
         return tempfile.TemporaryFile(dir=folder, prefix=".cusprun-spill-")
     return os.fdopen(os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o600), "r+b")
-
-
-def _reserve(descriptor: int, num_bytes: int) -> None:
-    """Give a file its size, with disk behind it: a mapped page for which there is none kills the process."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, num_bytes)
-    else:
-        os.ftruncate(descriptor, num_bytes)
 
 
 class Spill:
@@ -59,7 +52,7 @@ class Spill:
         try:
             self._file = _opened(folder, name)
             try:
-                _reserve(self._file.fileno(), max(1, rows * width * 4))
+                reserve(self._file.fileno(), max(1, rows * width * 4))
                 self._rows = np.memmap(self._file, dtype=np.float32, mode="r+", shape=(rows, width))
             except OSError:
                 self._file.close()

@@ -119,3 +119,36 @@ def test_a_time_that_is_none_is_refused_before_any_work(work, cusprun, monkeypat
     assert outcome.code == 2
     assert "SOURCE_DATE_EPOCH is 'yesterday', which is no time" in outcome.err
     assert not Path("out").exists()
+
+
+def test_a_search_that_is_interrupted_measures_no_expert_twice(work, cusprun, monkeypatch) -> None:
+    """And makes the best one again, whose folder went with the first try."""
+    from cusprun.pipeline import stages
+
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    search = ("prune", "model", "--expert", "expert.yaml", "--max-loss", "30%", "--for", "gguf:q8_0", "--out")
+    write, made = stages._write, []
+
+    def interrupted(*args, **options):
+        made.append(args[4])
+        if len(made) == stop:
+            raise KeyboardInterrupt
+        return write(*args, **options)
+
+    monkeypatch.setattr(stages, "_write", interrupted)
+    stop = 0
+    assert cusprun(*search, "whole").code == 0
+    steps = len(made)
+    assert steps >= 3
+    monkeypatch.setenv("CUSPRUN_CACHE", str(work / "another"))
+    made.clear()
+    stop = steps
+    assert cusprun(*search, "out").code == 130
+    assert not Path("out").exists()
+    stop = 0
+    del made[-1:]
+    outcome = cusprun(*search, "out")
+    assert outcome.code == 0, outcome
+    assert len(made) <= steps + 1
+    assert Path("out/cusprun.json").read_bytes() == Path("whole/cusprun.json").read_bytes()
+    assert Path("out/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()

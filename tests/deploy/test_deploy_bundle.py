@@ -197,11 +197,19 @@ def test_each_system_gets_its_start_script(platform: str, monkeypatch: pytest.Mo
     assert ("start.sh" in names) is not is_windows
 
 
-def test_a_name_that_windows_cannot_have_is_refused_there_alone() -> None:
-    facts = facts_of(artifact_name='a "b".gguf', sha256={'a "b".gguf': ""})
+@pytest.mark.parametrize(
+    "name", ['a "b".gguf', "aux.gguf", "NUL", "com1.x.gguf", "model.", "a ", "x/con.json", "x /y", "a\\b"]
+)
+def test_a_name_that_windows_cannot_have_is_refused_there_alone(name: str) -> None:
+    facts = facts_of(artifact_name="model", sha256={name: ""})
     bundle.check(facts, OPTIONS)
     with pytest.raises(UserError, match="Windows has no files"):
         bundle.check(facts, {**OPTIONS, "platform": "windows-x86_64"})
+
+
+def test_names_that_windows_can_have() -> None:
+    for name in ("console.gguf", "a.b c.gguf", "模型 & 100%!.gguf", "x/auxiliary/com.json", ".x"):
+        bundle.check(facts_of(artifact_name=name), {**OPTIONS, "platform": "windows-x86_64"})
 
 
 def _can_be_tried() -> bool:

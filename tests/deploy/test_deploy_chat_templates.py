@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 from deployable import CHATML, facts_of
 from hypothesis import given
@@ -10,7 +15,7 @@ from hypothesis import strategies as st
 from cusprun.errors import UserError
 from cusprun.records import Message
 from deploy import ollama
-from deploy.chat_pieces import InexpressibleError
+from deploy.chat_pieces import InexpressibleError, renderer
 from deploy.go_template import evaluate, quoted
 from serve.runtimes.chat_template import render_template
 
@@ -80,6 +85,42 @@ def test_a_template_says_what_jinja_says(template: str, adds_bos: bool) -> None:
     jinja = render_template(template, messages, "<s>", "<|im_end|>")
     wanted = jinja.removeprefix("<s>") if adds_bos else jinja
     assert ollama.said(made, turns) == wanted
+
+
+def test_gos_own_library_says_what_jinja_says(tmp_path: Path) -> None:
+    """kubectl prints an object by Go's text/template, which is what Ollama renders with."""
+    kubectl = shutil.which("kubectl")
+    if kubectl is None:
+        pytest.skip("kubectl is not installed")
+    mark = "=/=/="
+    data: dict[str, object] = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "x"}}
+    whole, wanted = "", []
+    for number, template in enumerate(EXPRESSIBLE.values()):
+        facts = facts_of(chat_template=template, adds_bos=bool(number % 2))
+        own = renderer(facts)
+        chats = [
+            turns for turns in ollama.conversations()[::5] if template != NO_SYSTEM or turns[0][0] == "user"
+        ]
+        data[f"T{number}"] = [
+            {
+                "System": "".join(text for role, text in turns if role == "system"),
+                "Messages": [{"Role": role, "Content": text} for role, text in turns],
+            }
+            for turns in chats
+        ]
+        whole += f'{{{{ range .T{number} }}}}{ollama.chat_template(facts)}{{{{ "{mark}" }}}}{{{{ end }}}}'
+        wanted += [own(turns) for turns in chats]
+    (tmp_path / "object.json").write_text(json.dumps(data))
+    (tmp_path / "template").write_text(whole)
+    done = subprocess.run(
+        [kubectl, "annotate", "--local", "--filename", "object.json", "a=b",
+         "--output", "go-template-file=template"],
+        cwd=tmp_path, capture_output=True, check=False, env={"HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = done.stdout.decode().split(mark)[:-1]
+    assert len(found) > 30
+    assert found == wanted
 
 
 def test_the_proof_holds_ten_conversations_for_a_template_that_takes_no_system_text_too() -> None:

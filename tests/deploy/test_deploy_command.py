@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -43,8 +44,13 @@ def no_wheels(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_deployment_is_whole_checked_and_reproducible(target: str, artifact: Path, tmp_path: Path) -> None:
     before = (artifact.read_bytes(), artifact.stat().st_mtime_ns)
     out = deploy(artifact, target, tmp_path / "one")
-    again = deploy(artifact, target, tmp_path / "two")
+    mask = os.umask(0o077)
+    try:
+        again = deploy(artifact, target, tmp_path / "two")
+    finally:
+        os.umask(mask)
     assert tree(out) == tree(again)
+    assert {path.stat().st_mode & 0o777 for path in (again, *again.rglob("*")) if path.is_dir()} == {0o755}
     assert (artifact.read_bytes(), artifact.stat().st_mtime_ns) == before
     assert (
         subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=out, check=False).returncode
@@ -133,7 +139,7 @@ def bench_report(name: str, peak_bytes: float) -> records.BenchReport:
     )  # fmt: skip
     sides = [records.Artifact(file, 1, None, None) for file in ("original.gguf", name)]
     suite = records.Suite(
-        "llamacpp", "llama-cpp-python 1.0", sides[0], sides[1], 1000, (peak,), (), (), (), "", None, 1.0
+        "llamacpp", "llama-cpp-python\n1.0", sides[0], sides[1], 1000, (peak,), (), (), (), "", None, 1.0
     )
     machine = records.Environment("cpu", 6, 6, 8 << 30, None, None, None, (), "Linux", {})
     return records.BenchReport("2026", records.BenchOptions(), machine, (suite,), 1.0)
@@ -150,6 +156,12 @@ def test_a_measured_peak_is_what_the_memory_rests_on(artifact: Path, tmp_path: P
     assert sizing["overhead_bytes"] == FRONT_BYTES + rest + buffer
     assert (sizing["source"], sizing["measured_in"]) == ("measured", "llama-cpp-python 1.0")
     assert sizing["num_threads"] == 6
+    options = {"original": str(make_gguf(tmp_path / "original.gguf"))}
+    both = deploy(artifact, "docker", tmp_path / "both", results=results, options=options)
+    beside = yaml.safe_load((both / "compose.yaml").read_text())["services"]
+    for side in ("expert", "original"):
+        command = beside[side]["command"]
+        assert command[command.index("--threads") + 1] == "6", "or the two are not compared alike"
     whole = tmp_path / "results.json"
     whole.write_text(json.dumps({"bench": to_plain(bench_report("expert.gguf", 300 * MIB))}))
     again = manifest_of(deploy(artifact, "systemd", tmp_path / "again", results=whole))["sizing"]
@@ -174,6 +186,11 @@ REFUSED: list[tuple[dict[str, Any], type[UserError], str]] = [
     ({"to": "olama"}, UserError, "did you mean 'ollama'"),
     ({"to": "bundle", "platform": "linux-x86"}, UserError, "did you mean 'linux-x86_64'"),
     ({"to": "ollama", "platform": "linux-x86_64"}, UserError, "unknown option"),
+    (
+        {"to": "bundle", "platform": "linux-x86_64", "options": {"platform": "macos-arm64"}},
+        UserError,
+        "give one",
+    ),
     ({"to": "ollama", "options": {"sistem": "x"}}, UserError, "did you mean 'system'"),
     ({"to": "ollama", "options": {"system": 'say """'}}, UserError, "ends it in a Modelfile"),
     ({"to": "ollama", "options": {"system": "a\u200bb"}}, UserError, r"holds '\\u200b', which Ollama drops"),
