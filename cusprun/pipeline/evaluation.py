@@ -18,7 +18,7 @@ from cusprun.version import __version__
 from cusprun.walk.device import DEFAULT_DEVICE, open_device
 
 if TYPE_CHECKING:
-    from cusprun.pipeline.stages import OpenModel
+    from cusprun.pipeline.opening import OpenModel
     from cusprun.quality.likelihood import DocumentLikelihood
     from cusprun.quality.report import EvalReport, ModelQuality
     from cusprun.quality.tasks import Task
@@ -57,7 +57,7 @@ def evaluate(
             too little.
     """
     from cusprun.corpus import build_corpora
-    from cusprun.pipeline.stages import as_expert, open_model
+    from cusprun.pipeline.opening import as_expert, open_model
 
     names = [models] if not isinstance(models, Sequence) or isinstance(models, str) else list(models)
     if not names:
