@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cusprun.errors import CorpusError, ModelError, UserError, require_kind
-from cusprun.pipeline.workspaces import require_whole_model, workspace_of
+from cusprun.pipeline.workspaces import require_measuring_memory, require_whole_model, workspace_of
 from cusprun.progress import SILENT, Progress
 from cusprun.records import Corpora, Expert, TokenizedDocument
 from cusprun.resolve import StrPath
@@ -171,6 +171,7 @@ def measure(
 
     documents = [document for group in sets.values() for document in group]
     reference = opened[0].index if len(opened) > 1 else None
+    require_measuring_memory(opened, documents)
     measured = [
         measure_likelihood(
             model.index,
