@@ -135,7 +135,7 @@ def write_expert(
     lengths = [len(document.token_ids) for document in corpora.calibration]
     demand = refitting(index, lengths, settings, workspace.memory_bytes)
     batching = batching_within(workspace.memory_bytes, demand)
-    return with_smaller_batches(device, work, batching)
+    return with_smaller_batches(device, work, batching, ranks)
 
 
 def _describe(index: CheckpointIndex, folder: Path, manifest: Manifest) -> None:
