@@ -26,7 +26,8 @@ from cusprun.codec import key_of
 from cusprun.corpus import build_corpora, load_expert
 from cusprun.errors import require_known
 from cusprun.pipeline.bench import target_of
-from cusprun.pipeline.stages import open_model, prune_opened
+from cusprun.pipeline.opening import open_model
+from cusprun.pipeline.stages import prune_opened
 from cusprun.pipeline.wishes import PruneWishes
 from cusprun.progress import SILENT
 from exporters.registry import format_of

@@ -25,7 +25,7 @@ from cusprun.checkpoint.index import CheckpointIndex, open_checkpoint
 from cusprun.codec import key_of
 from cusprun.corpus import corpus_hash
 from cusprun.errors import CusprunError
-from cusprun.pipeline.stages import OpenModel, open_model
+from cusprun.pipeline.opening import OpenModel, open_model
 from cusprun.pruning.folder import Provenance, write_expert
 from cusprun.pruning.refit import RefitSettings
 from cusprun.pruning.score import score_model

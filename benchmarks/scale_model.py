@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 from cusprun.checkpoint.files import write_config
+from cusprun.checkpoint.index import CheckpointIndex
 from cusprun.checkpoint.output import atomic_folder
+from cusprun.checkpoint.safetensors_header import TensorInfo
 from cusprun.checkpoint.writer import CheckpointWriter, Declared
 from cusprun.corpus.sources import read_source
 from cusprun.families import TensorSpec, axis_length, family_of, shape_of
@@ -111,6 +113,7 @@ MODELS: Mapping[str, Config] = {
 
 _BEGIN, _END = "<|begin|>", "<|end|>"
 _TOKENS = 1024
+_DTYPE = "BF16"
 _CHUNK_ELEMENTS = 1 << 24
 """Elements that are drawn at one time: 64 MB in float32."""
 
@@ -125,9 +128,7 @@ def random_model(folder: Path, config: Config, seed: int = 0) -> Path:
         return folder
     shape = shape_of(config, "the config")
     specs = list(_stored(config, shape))
-    declared = [
-        Declared(spec.name, "BF16", tuple(axis_length(axis, shape) for axis in spec.axes)) for spec in specs
-    ]
+    declared = [Declared(spec.name, _DTYPE, _lengths(spec, shape)) for spec in specs]
     with atomic_folder(folder) as partial:
         write_config(partial, config)
         _write_tokenizer(partial)
@@ -135,6 +136,20 @@ def random_model(folder: Path, config: Config, seed: int = 0) -> Path:
             for number, (spec, tensor) in enumerate(zip(specs, declared, strict=True)):
                 writer.write(spec.name, _values(spec, tensor.shape, config, seed * len(specs) + number))
     return folder
+
+
+def index_of(config: Config) -> CheckpointIndex:
+    """Return the index of a model that does not exist: names, types and shapes, and no files."""
+    shape = shape_of(config, "the config")
+    tensors = {
+        spec.name: TensorInfo(spec.name, _DTYPE, _lengths(spec, shape), Path(), 0)
+        for spec in _stored(config, shape)
+    }
+    return CheckpointIndex(Path(), config, family_of(config, "the config"), shape, tensors)
+
+
+def _lengths(spec: TensorSpec, shape: Shape) -> tuple[int, ...]:
+    return tuple(axis_length(axis, shape) for axis in spec.axes)
 
 
 def _stored(config: Config, shape: Shape) -> Iterator[TensorSpec]:

@@ -11,13 +11,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from measuring import Row
-from scale_model import LLAMA_8B, Config
+from scale_model import LLAMA_8B, Config, index_of
 from scale_parts import RATIO, gigabytes, minutes
 
-from cusprun.families import axis_length, shape_of
+from cusprun.checkpoint.index import CheckpointIndex
+from cusprun.families import axis_length
+from cusprun.pruning.refit import RefitSettings
+from cusprun.pruning.refit_memory import refitting
 from cusprun.records import Shape
+from cusprun.walk.budget import scoring
 
-_FLOAT, _DOUBLE, _STORED = 4, 8, 2
+_FLOAT, _DOUBLE = 4, 8
 _RIDGES = 5
 """Factorisations of a refit: one for each of four ridges, and the last one."""
 
@@ -70,19 +74,32 @@ MACHINES: tuple[Machine, ...] = (
 
 @dataclass(frozen=True)
 class Shares:
-    """Measured shares of the rate of a large matrix product: of a walk in float32, of solving in float64."""
+    """What was measured.
+
+    ``walk`` in float32 and ``solve`` in float64 are shares of the rate of a large matrix product,
+    ``hash_rate`` is bytes per second.
+    """
 
     walk: float
     solve: float
+    hash_rate: float
 
 
 @dataclass(frozen=True)
 class Work:
-    """Pruning a model of some shape on documents of ``length`` tokens each; all counts are of all blocks."""
+    """Pruning a model on documents of ``length`` tokens each; all counts are of all blocks.
 
-    shape: Shape
+    ``index`` needs no files behind it.
+    """
+
+    index: CheckpointIndex
     documents: int
     length: int
+
+    @property
+    def shape(self) -> Shape:
+        """The model's widths."""
+        return self.index.shape
 
     @property
     def tokens(self) -> int:
@@ -95,12 +112,6 @@ class Work:
         shape = self.shape
         heads, kv = axis_length("heads", shape), axis_length("kv", shape)
         return shape.hidden_size * (2 * heads + 2 * kv + 3 * shape.intermediate_size)
-
-    @property
-    def model_bytes(self) -> int:
-        """Bytes of the model as it is stored."""
-        tables = self.shape.vocab_size * self.shape.hidden_size * (2 - self.shape.tie_word_embeddings)
-        return _STORED * (self.block_parameters * self.shape.num_hidden_layers + tables)
 
     @property
     def pass_operations(self) -> float:
@@ -140,11 +151,17 @@ class Work:
         width, hidden = self.shape.intermediate_size, self.shape.hidden_size
         return self.gram_bytes + _DOUBLE * (2 * width**2 + 3 * width * hidden)
 
+    @property
+    def least_memory_bytes(self) -> int:
+        """The least that ``--memory`` takes, on a CPU."""
+        lengths = [self.length] * self.documents
+        demands = scoring(self.index, lengths), refitting(self.index, lengths, RefitSettings(anchors=0))
+        return max(demand.least_bytes for demand in demands)
+
 
 def shares_of(row: Row) -> Shares:
     """Return the shares that a row of the table ``walk`` shows."""
-    shape = Shape(**row["shape"])
-    work = Work(shape, row["documents"], row["tokens"] // row["documents"])
+    work = Work(index_of(row["config"]), row["documents"], row["tokens"] // row["documents"])
     times = row["rounds_seconds"]
     score, refit = (
         statistics.median(each[stage] for each in times) for stage in ("score", "refit_and_write")
@@ -153,49 +170,64 @@ def shares_of(row: Row) -> Shares:
     walked = (work.pass_operations + work.gram_operations) / walk_rate
     solve_rate = work.solve_operations / max(refit - walked, refit / 10)
     rates = row["product_rates"]
-    return Shares(walk_rate / rates["float32"], solve_rate / rates["float64"])
+    return Shares(walk_rate / rates["float32"], solve_rate / rates["float64"], row["hash_rate"])
+
+
+def is_solved_on_device(work: Work, machine: Machine) -> bool:
+    """Return whether a device has room to solve the refit beside the block that is walked."""
+    return work.solve_bytes + _FLOAT * work.block_parameters <= machine.device_bytes
 
 
 def stages(work: Work, machine: Machine, shares: Shares) -> dict[str, float]:
     """Return the seconds of each stage."""
     devices = machine.boxes * machine.devices
     walk_rate = devices * machine.float32_rate * shares.walk
-    on_device = work.solve_bytes + _FLOAT * work.block_parameters <= machine.device_bytes
+    on_device = is_solved_on_device(work, machine)
     solve_rate = machine.float64_rate if on_device else machine.host_float64_rate
-    read = work.model_bytes / machine.disk_rate
+    read = work.index.num_bytes / machine.disk_rate
     layers = work.shape.num_hidden_layers
     summed = 2 * work.gram_bytes * layers / machine.network_rate if devices > 1 else 0.0
     spilled = 2 * work.spilled_bytes * layers / (machine.boxes * machine.disk_rate)
     return {
+        "hash": work.index.num_bytes * (2 - RATIO) / shares.hash_rate,
         "score": work.pass_operations / walk_rate + read,
         "refit_walk": (work.pass_operations + work.gram_operations) / walk_rate + read + spilled + summed,
         "refit_solve": work.solve_operations / (solve_rate * shares.solve),
-        "write": 2 * work.model_bytes / machine.disk_rate,
+        "write": 2 * work.index.num_bytes / machine.disk_rate,
     }
 
 
 def _lines(shares: Shares, documents: int, length: int) -> Iterator[str]:
     for title, config in MODELS.items():
-        work = Work(shape_of(config, title), documents, length)
+        work = Work(index_of(config), documents, length)
         for machine in MACHINES:
             seconds = stages(work, machine, shares)
-            whole = minutes(sum(seconds.values()))
-            each = " | ".join(minutes(value) for value in seconds.values())
-            on_device = work.gram_bytes + _FLOAT * work.block_parameters
-            yield (
-                f"| {title} | {machine.title} | {each} | {whole} | {gigabytes(on_device)} | "
-                f"{gigabytes(work.model_bytes)} + {gigabytes(work.spilled_bytes)} |"
-            )
+            each = " | ".join(minutes(value) for value in (*seconds.values(), sum(seconds.values())))
+            place = "GPU" if is_solved_on_device(work, machine) else "CPU"
+            yield f"| {title} | {machine.title} | {each} | {place} |"
+
+
+def _needs(title: str, work: Work) -> str:
+    on_device = work.gram_bytes + _FLOAT * work.block_parameters
+    return (
+        f"{title}: {gigabytes(work.index.num_bytes)} GB on disk and {gigabytes(work.spilled_bytes)} GB of "
+        f"streams in the work folder; on each GPU {gigabytes(on_device)} GB for a block and its Gram matrix, "
+        f"{gigabytes(work.solve_bytes)} GB to solve there; on a CPU `--memory` of at least "
+        f"{gigabytes(work.least_memory_bytes)} GB."
+    )
 
 
 def to_markdown(row: Row, documents: int = 256, length: int = 512) -> str:
     """Render the plans from a row of the table ``walk``."""
     shares = shares_of(row)
+    needs = " ".join(
+        _needs(title, Work(index_of(config), documents, length)) for title, config in MODELS.items()
+    )
     return (
-        "| model | machine | scoring | refit: walk | refit: solving | writing | whole | on each GPU, GB | "
-        "on disk, GB |\n|---|---|---:|---:|---:|---:|---:|---:|---:|\n"
+        "| model | machine | hashing | scoring | refit: walk | refit: solving | writing | whole | "
+        "solved on |\n|---|---|---:|---:|---:|---:|---:|---:|---|\n"
         + "\n".join(_lines(shares, documents, length))
         + f"\n\n{documents} documents of {length} tokens, ratio {RATIO}. Computed, not measured: operations "
         "and bytes by the shape; data-sheet rates times the measured shares of a matrix product's rate, "
-        f"{shares.walk:.2f} for the walk in float32 and {shares.solve:.2f} for solving in float64.\n"
+        f"{shares.walk:.2f} for the walk in float32 and {shares.solve:.2f} for solving in float64. {needs}\n"
     )

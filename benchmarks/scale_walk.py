@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -89,8 +90,9 @@ def _row(subject: Subject, scratch: Path, rounds: int) -> Row:
     times = [one_round(index, corpora, with_head=subject.config is None) for _ in range(rounds)]
     return {
         "title": subject.title,
-        "shape": vars(index.shape),
+        "config": dict(index.config),
         "product_rates": {"float32": _product_rate(torch.float32), "float64": _product_rate(torch.float64)},
+        "hash_rate": _hash_rate(),
         "documents": len(corpora.calibration),
         "tokens": corpora.calibration_tokens,
         "rounds_seconds": times,
@@ -108,6 +110,17 @@ def _product_rate(dtype: torch.dtype) -> float:
         matrix @ matrix
         seconds.append(time.perf_counter() - started)
     return 2 * _PRODUCT_WIDTH**3 / min(seconds)
+
+
+def _hash_rate() -> float:
+    """Return the bytes per second of the hash that a model is known by, the best of five."""
+    block = bytes(1 << 26)
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        hashlib.sha256(block).digest()
+        seconds.append(time.perf_counter() - started)
+    return len(block) / min(seconds)
 
 
 def _ratio(rounds: Sequence[Mapping[str, float]], stages: Sequence[str]) -> dict[str, float]:

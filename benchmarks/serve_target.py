@@ -17,7 +17,7 @@ import psutil
 from measuring import Row
 from processes import tree_bytes
 
-from cusprun.pipeline.stages import OpenModel, open_model
+from cusprun.pipeline.opening import OpenModel, open_model
 from cusprun.resolve import locate
 from exporters.registry import format_of
 from serve.bench.statistics import median_interval

@@ -88,6 +88,43 @@ def load_recipe(path: Path) -> Recipe:
     return recipe
 
 
+def recipe_tree(recipe: Recipe) -> dict[str, Any]:
+    """Return what a recipe says beside its model and paths, as its file would; defaults are left out."""
+    from cusprun.pruning.rules import DEFAULT_RULE
+
+    wishes, bench = recipe.wishes, recipe.bench
+    said: dict[str, tuple[Any, Any]] = {
+        **{name: (getattr(wishes, name), None) for name in BUDGETS},
+        "rule": (wishes.rule, DEFAULT_RULE),
+        "targets": ([*wishes.targets], []),
+        "units": ([*wishes.units], []),
+        "refit": (wishes.refit, True),
+        "weights": (dict(wishes.dimension_weights), {}),
+        "refit_target": (wishes.refit_target, None),
+        "exports": ([_export_tree(spec) for spec in recipe.exports], []),
+        "verify": (recipe.verify, True),
+        "eval": (recipe.evaluate, True),
+        "bench": (False if bench is None else _bench_tree(bench), {}),
+        "device": (recipe.device, DEFAULT_DEVICE),
+        "samples": (recipe.samples, DEFAULT_SAMPLES),
+    }
+    return {name: value for name, (value, default) in said.items() if value != default}
+
+
+def _export_tree(spec: ExportSpec) -> dict[str, Any]:
+    options = {name: [*value] if isinstance(value, tuple) else value for name, value in spec.options}
+    return {"to": spec.to, "quant": spec.quant, **({"options": options} if options else {})}
+
+
+def _bench_tree(spec: BenchSpec) -> dict[str, Any]:
+    from serve.bench.records import BenchOptions
+
+    usual = vars(BenchOptions())
+    changed = {name: value for name, value in vars(spec.options).items() if value != usual[name]}
+    options = {name: [*value] if isinstance(value, tuple) else value for name, value in changed.items()}
+    return {"exports": [f"{to}:{quant}" for to, quant in spec.exports], **options}
+
+
 def _sample_count(value: int) -> str:
     return "" if 0 <= value <= MAX_SAMPLES else f"must be from 0 to {MAX_SAMPLES}, not {value}"
 
@@ -262,4 +299,4 @@ def _counts(section: Section, key: str, default: tuple[int, ...]) -> tuple[int, 
 
 
 def _positive(value: float) -> str:
-    return "" if value > 0 else f"must be above 0, not {value:g}"
+    return "" if 0 < value < math.inf else f"must be above 0, not {value:g}"

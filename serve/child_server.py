@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
 import time
@@ -21,6 +22,7 @@ _STOP_S = 15.0
 _GET_S = 30.0
 _REASON_CHARACTERS = 600
 _REASON_LINES = 3
+_EXCEPTION = re.compile(r"\w*(?:Error|Exception): .+")
 
 Echo = Callable[[bytes], None]
 """Gets what a child prints, piece by piece."""
@@ -88,14 +90,13 @@ class ChildServer:
         return None if code is None else f"{self._name} ended with exit code {code}; {self.last_words()}"
 
     def last_words(self) -> str:
-        """Return the reason in the log: its last lines that name an error, or its end."""
+        """Return the reason in the log: its last exceptions, lines that name an error, or its end."""
         lines = self._process.log_tail().splitlines()
-        named = [
-            line
-            for line in lines
-            if "error" in line.lower() and not any(noise in line for noise in self._noise)
-        ]
-        text = " / ".join(line.strip() for line in (named or lines)[-_REASON_LINES:])
+        telling = [line for line in lines if not any(noise in line for noise in self._noise)]
+        # Without what stands before it: time and process make the same exception another line.
+        raised = dict.fromkeys(match[0] for line in telling if (match := _EXCEPTION.search(line)))
+        named = [*raised] or [line for line in telling if "error" in line.lower()] or lines
+        text = " / ".join(line.strip() for line in named[-_REASON_LINES:])
         return f"it says: {text[-_REASON_CHARACTERS:]}" if text else "it says nothing"
 
     def get(self, route: str, key: str) -> bytes:

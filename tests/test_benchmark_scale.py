@@ -64,15 +64,17 @@ def test_an_expert_has_the_documents_that_were_asked_for(module: Any, tmp_path: 
     assert {document.token_ids[0] for document in corpora.calibration} == {bos}
 
 
-def test_counted_parameters_and_bytes_are_those_of_a_model(module: Any, tmp_path: Path) -> None:
+def test_what_plans_count_is_what_a_model_has(module: Any, tmp_path: Path) -> None:
     scale_model, scale_plans = module("scale_model"), module("scale_plans")
     for number, tied in enumerate((True, False)):
         config = {**scale_model.cut_to(scale_model.TINY, 3), "tie_word_embeddings": tied}
-        index = open_checkpoint(scale_model.random_model(tmp_path / str(number), config))
-        work = scale_plans.Work(index.shape, documents=2, length=16)
-        norms = [info for info in index.tensors.values() if len(info.shape) == 1]
-        assert work.model_bytes == index.num_bytes - sum(info.num_bytes for info in norms)
-        layer = [i for n, i in index.tensors.items() if ".layers.1." in n and len(i.shape) == 2]
+        found = open_checkpoint(scale_model.random_model(tmp_path / str(number), config))
+        work = scale_plans.Work(scale_model.index_of(config), documents=2, length=16)
+        assert work.index.num_bytes == found.num_bytes
+        assert {n: i.shape for n, i in work.index.tensors.items()} == {
+            n: i.shape for n, i in found.tensors.items()
+        }
+        layer = [i for n, i in found.tensors.items() if ".layers.1." in n and len(i.shape) == 2]
         assert work.block_parameters == sum(math.prod(info.shape) for info in layer)
 
 

@@ -18,7 +18,7 @@ from cusprun.version import __version__
 
 if TYPE_CHECKING:
     from cusprun.corpus.augment import Prompt
-    from cusprun.pipeline.stages import OpenModel
+    from cusprun.pipeline.opening import OpenModel
 
 log = logging.getLogger(__name__)
 

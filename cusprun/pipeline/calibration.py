@@ -36,7 +36,7 @@ def known_corpora(folder: Path, expert: StrPath | Expert | None, progress: Progr
     A manifest's expert is only used when it is made of packs alone: its other sources may be gone.
     """
     from cusprun.corpus import build_corpora
-    from cusprun.pipeline.stages import as_expert
+    from cusprun.pipeline.opening import as_expert
 
     if expert is not None:
         return build_corpora(as_expert(expert), folder, progress)

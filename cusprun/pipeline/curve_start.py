@@ -9,7 +9,7 @@ from importlib import metadata
 
 from cusprun.codec import key_of
 from cusprun.pipeline.curve import CurvePoint, SweepReport
-from cusprun.pipeline.stages import OpenModel
+from cusprun.pipeline.opening import OpenModel
 from cusprun.pipeline.wishes import PruneWishes
 from cusprun.records import Corpora, Expert, TokenizedDocument
 from cusprun.version import __version__

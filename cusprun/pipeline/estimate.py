@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cusprun.errors import UserError
 from cusprun.pipeline import trial
 from cusprun.pipeline.estimated_disk import DiskUse, disk_use
-from cusprun.pipeline.stages import OpenModel, as_expert, corpora_of, open_model
+from cusprun.pipeline.opening import OpenModel, as_expert, corpora_of, open_model
 from cusprun.pipeline.wishes import DEFAULT_RATIO, PruneWishes, texts_of
 from cusprun.pipeline.workspaces import pruning_demands, require_pruning_memory, workspace_of
 from cusprun.progress import SILENT, Progress

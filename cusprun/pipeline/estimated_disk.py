@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from cusprun.records import Corpora, Plan, TokenizedDocument
 
 if TYPE_CHECKING:
-    from cusprun.pipeline.stages import OpenModel
+    from cusprun.pipeline.opening import OpenModel
     from cusprun.pruning.refit import RefitSettings
 
 _FLOAT = 4

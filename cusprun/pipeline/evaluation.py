@@ -8,6 +8,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cusprun.codec import key_of
 from cusprun.errors import CorpusError, ModelError, UserError, require_kind
 from cusprun.pipeline.workspaces import require_whole_model, workspace_of
 from cusprun.progress import SILENT, Progress
@@ -17,7 +18,7 @@ from cusprun.version import __version__
 from cusprun.walk.device import DEFAULT_DEVICE, open_device
 
 if TYPE_CHECKING:
-    from cusprun.pipeline.stages import OpenModel
+    from cusprun.pipeline.opening import OpenModel
     from cusprun.quality.likelihood import DocumentLikelihood
     from cusprun.quality.report import EvalReport, ModelQuality
     from cusprun.quality.tasks import Task
@@ -56,7 +57,7 @@ def evaluate(
             too little.
     """
     from cusprun.corpus import build_corpora
-    from cusprun.pipeline.stages import as_expert, open_model
+    from cusprun.pipeline.opening import as_expert, open_model
 
     names = [models] if not isinstance(models, Sequence) or isinstance(models, str) else list(models)
     if not names:
@@ -176,6 +177,7 @@ def measure(
             model.index,
             documents,
             reference,
+            key=key_of(model.model_hash, opened[0].model_hash, len(opened) > 1),
             device=model.device,
             workspace=model.workspace,
             progress=progress,

@@ -21,10 +21,10 @@ from cusprun.pipeline.curve_folder import SWEEP_JSON, CurveFolder
 from cusprun.pipeline.curve_quality import CurveQuality, qualities
 from cusprun.pipeline.evaluation import HELD_OUT, by_set
 from cusprun.pipeline.frontier import DocumentSums, FrontierPoint, Speed, SpeedOptions
+from cusprun.pipeline.opening import OpenModel
 from cusprun.pipeline.original import original_likelihoods
 from cusprun.pipeline.proof import RUNTIMES
 from cusprun.pipeline.speed import MeasureSpeed
-from cusprun.pipeline.stages import OpenModel
 from cusprun.progress import Progress
 from cusprun.recipe import ExportSpec
 from cusprun.records import Corpora, TokenizedDocument

@@ -69,6 +69,8 @@ def speed_rows(report: SweepReport, kinds: Sequence[str]) -> Iterator[tuple[str,
 
 def frontier_notes(report: SweepReport) -> tuple[str, ...]:
     """Return what a reader must know to trust the frontier."""
+    from serve.bench.table import short_library
+
     options = report.speed_options
     speed = "decode speed, " if options else ""
     axes = f"size on disk, {speed}held-out perplexity"
@@ -82,7 +84,7 @@ def frontier_notes(report: SweepReport) -> tuple[str, ...]:
     if options is None:
         return tuple(notes)
     speeds = [(point.name, point.speed) for point in report.frontier if point.speed]
-    libraries = sorted({speed.library for _, speed in speeds})
+    libraries = sorted({short_library(speed.library) for _, speed in speeds})
     machines = sorted({speed.machine for _, speed in speeds})
     notes.append(
         f"Speeds: {options.prompt_tokens} tokens of a prompt at once, then {options.decode_tokens} tokens "

@@ -10,7 +10,7 @@ from cusprun.progress import SILENT, Progress
 from cusprun.records import Corpora, Expert, NeuronManifest
 
 if TYPE_CHECKING:
-    from cusprun.pipeline.stages import OpenModel
+    from cusprun.pipeline.opening import OpenModel
 
 
 def prune_neurons(
@@ -80,6 +80,7 @@ def prune_neurons(
         ),
         measure=bool(corpora.held_out),
         device=opened.device,
+        workspace=opened.workspace,
         progress=progress,
     )
 

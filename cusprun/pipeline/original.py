@@ -15,7 +15,7 @@ from cusprun.records import TokenizedDocument
 from cusprun.version import __version__
 
 if TYPE_CHECKING:
-    from cusprun.pipeline.stages import OpenModel
+    from cusprun.pipeline.opening import OpenModel
     from cusprun.quality.likelihood import DocumentLikelihood
 
 
@@ -46,6 +46,7 @@ def original_likelihoods(
         found = measure_likelihood(
             opened.index,
             documents,
+            key=opened.model_hash,
             device=opened.device,
             workspace=opened.workspace,
             progress=progress,

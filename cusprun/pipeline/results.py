@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from cusprun.paths import num_bytes
 from cusprun.pipeline.samples import SampleAnswer
@@ -45,6 +46,7 @@ class RunReport:
 
     ``seconds`` are those of the stages that this run did itself; the manifest's are of the pruning.
     ``samples`` are answers of both models to held-out prompts, none where the recipe asks for none.
+    ``recipe`` is what the recipe said beside its model and paths; empty where it was not kept.
     """
 
     created: str
@@ -62,6 +64,7 @@ class RunReport:
     seconds: Mapping[str, float]
     prune_seconds: Mapping[str, float]
     samples: tuple[SampleAnswer, ...] = ()
+    recipe: Mapping[str, Any] = field(default_factory=dict)
     schema_version: int = 2
 
 
@@ -74,6 +77,7 @@ def run_report(
     bench: BenchReport | None,
     seconds: Mapping[str, float],
     samples: tuple[SampleAnswer, ...] = (),
+    recipe: Mapping[str, Any],
 ) -> RunReport:
     """Put the parts together; ``artifacts`` maps format and precision to ``original`` and ``expert``."""
     files = tuple(
@@ -97,6 +101,7 @@ def run_report(
         seconds=dict(seconds),
         prune_seconds=manifest.seconds,
         samples=samples,
+        recipe=recipe,
     )
 
 
@@ -137,7 +142,11 @@ def _table(
         rows += [replace(row, metric=row.metric + named) for row in measured.rows if row.metric not in _SIZES]
     if quality:
         rows += [_perplexity_row(name, quality) for name in quality.corpus_names()]
-    notes = [note for table in tables for note in table.notes]
+    notes = [
+        f"{bench_tables.suite_title(suite)}: {note}" if len(suites) > 1 else note
+        for suite, measured in zip(suites, tables, strict=True)
+        for note in measured.notes
+    ]
     return Table(tuple(rows), (*_notes(manifest, parity, quality), *notes))
 
 

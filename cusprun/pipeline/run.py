@@ -14,12 +14,13 @@ from cusprun.codec import dump_json, key_of, load_json, to_plain
 from cusprun.errors import CusprunError, MissingDependencyError, OutputError
 from cusprun.pipeline.calibration import importance_for
 from cusprun.pipeline.evaluation import measure, measured_sets
+from cusprun.pipeline.opening import OpenModel, as_expert, corpora_of, open_model
 from cusprun.pipeline.proof import RUNTIMES, parity_documents, prove
 from cusprun.pipeline.results import RunReport, run_report, to_markdown
-from cusprun.pipeline.stages import OpenModel, as_expert, corpora_of, open_model, prune_opened
+from cusprun.pipeline.stages import prune_opened
 from cusprun.pipeline.workspaces import workspace_of
 from cusprun.progress import SILENT, Progress
-from cusprun.recipe import ExportSpec, Recipe, load_recipe
+from cusprun.recipe import ExportSpec, Recipe, load_recipe, recipe_tree
 from cusprun.records import Corpora, Expert, Manifest
 from cusprun.resolve import StrPath
 from cusprun.version import __version__
@@ -164,6 +165,7 @@ def run(
         bench=speed,
         seconds=out.seconds,
         samples=samples,
+        recipe=recipe_tree(chosen),
     )
     dump_json(report, out.folder / RESULTS_JSON)
     (out.folder / RESULTS_MARKDOWN).write_text(to_markdown(report), encoding="utf-8")

@@ -16,7 +16,7 @@ from cusprun.records import Corpora
 from cusprun.version import __version__
 
 if TYPE_CHECKING:
-    from cusprun.pipeline.stages import OpenModel
+    from cusprun.pipeline.opening import OpenModel
 
 log = logging.getLogger(__name__)
 

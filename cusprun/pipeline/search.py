@@ -16,7 +16,7 @@ from cusprun.records import Corpora, Manifest, Plan
 from cusprun.version import __version__
 
 if TYPE_CHECKING:
-    from cusprun.pipeline.stages import OpenModel
+    from cusprun.pipeline.opening import OpenModel
     from cusprun.pruning.planner import Planner
     from cusprun.pruning.refit import RefitSettings
 

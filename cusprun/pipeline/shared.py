@@ -11,7 +11,7 @@ from cusprun.records import Manifest, Plan
 from cusprun.walk.ranks import Ranks
 
 if TYPE_CHECKING:
-    from cusprun.pipeline.stages import OpenModel
+    from cusprun.pipeline.opening import OpenModel
 
 WritePlan = Callable[[Plan, Path], Manifest]
 

@@ -5,68 +5,26 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cusprun.cache import fresh_output
 from cusprun.errors import CorpusError, PlanError, require_known
+from cusprun.pipeline.opening import OpenModel, as_expert, corpora_of, open_model
 from cusprun.pipeline.shared import refuse_shared_neurons, require_same_wishes, written_together
 from cusprun.pipeline.wishes import DEFAULT_RATIO, PlanWishes, PruneWishes, stores_of, texts_of
 from cusprun.pipeline.workspaces import require_pruning_memory, require_units, workspace_of
 from cusprun.progress import SILENT, Progress
 from cusprun.records import GRANULARITIES, Corpora, Expert, Manifest, NeuronManifest, Plan
-from cusprun.resolve import StrPath, as_paths, resolve
-from cusprun.walk.device import CPU, DEFAULT_DEVICE, Device, open_device
+from cusprun.resolve import StrPath, as_paths
+from cusprun.walk.device import DEFAULT_DEVICE, open_device
 from cusprun.walk.ranks import ALONE, Ranks
-from cusprun.walk.workspace import DEFAULT_WORKSPACE, Workspace
 
 if TYPE_CHECKING:
-    from cusprun.checkpoint.index import CheckpointIndex
     from cusprun.pruning.planner import Planner
     from cusprun.pruning.store import ImpactStore
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class OpenModel:
-    """A model that was found and checked; ``source`` is what reports call it, ``device`` is to run it.
-
-    ``workspace`` is what running it may use.
-    """
-
-    index: CheckpointIndex
-    model_hash: str
-    source: str
-    device: Device = CPU
-    workspace: Workspace = DEFAULT_WORKSPACE
-
-
-def open_model(
-    model: StrPath,
-    progress: Progress = SILENT,
-    device: Device = CPU,
-    workspace: Workspace = DEFAULT_WORKSPACE,
-) -> OpenModel:
-    """Resolve a model, check its headers and hash its weights."""
-    from cusprun.checkpoint.index import model_hash, open_checkpoint
-    from cusprun.walk.shell import load_config
-
-    located = workspace.ranks.one_by_machine(lambda: resolve(model, progress))
-    index = open_checkpoint(located.path)
-    load_config(index)  # first, or the tokenizer, which reads the config too, is blamed for its faults
-    with progress.stage("hashing the model", 1) as advance:
-        digest = model_hash(index)
-        advance(1)
-    return OpenModel(index, digest, located.source, device, workspace)
-
-
-def as_expert(expert: StrPath | Expert) -> Expert:
-    """Return an expert as it is, or read it from a YAML file."""
-    from cusprun.corpus import load_expert
-
-    return expert if isinstance(expert, Expert) else load_expert(Path(expert))
 
 
 def score(
@@ -120,19 +78,6 @@ def score(
         store = scored(opened, chosen, corpora, progress)
     ranks.from_first(lambda: copy_store(store, target, chosen.name))
     return target
-
-
-def corpora_of(opened: OpenModel, expert: Expert, progress: Progress = SILENT) -> Corpora:
-    """Return an expert's documents as a model reads them, with those that it is to make itself."""
-    from cusprun.corpus import build_corpora, corpus_hash
-    from cusprun.pipeline.augment import augmented
-
-    ranks = opened.workspace.ranks
-    corpora = build_corpora(expert, opened.index.folder, progress)
-    ranks.require_same({"documents": corpus_hash(corpora)})
-    if expert.augment is None:
-        return corpora
-    return ranks.from_first(lambda: augmented(opened, expert, corpora, progress))
 
 
 def plan(
@@ -343,6 +288,7 @@ def _write(
     from cusprun.corpus import corpus_hash
     from cusprun.pruning.folder import Provenance, write_expert
     from cusprun.pruning.plan_check import EDITED
+    from cusprun.pruning.planner import plan_sentence
 
     settings = wishes.settings(made.rule, opened.index.family, edited=made.budget == EDITED)
     if settings.mode == "refit":
@@ -366,19 +312,6 @@ def _write(
         device=opened.device,
         workspace=opened.workspace,
         progress=progress,
-    )
-
-
-def plan_sentence(plan: Plan) -> str:
-    """Say in one line what a plan removes."""
-    before, after = plan.before, plan.after
-    blocks = f"{before.num_hidden_layers} to {after.num_hidden_layers} blocks, "
-    return (
-        f"plan: {blocks if before.num_hidden_layers != after.num_hidden_layers else ''}"
-        f"FFN width {before.intermediate_size} to {after.intermediate_size}, "
-        f"KV heads {before.num_key_value_heads} to {after.num_key_value_heads}, "
-        f"query heads {before.num_attention_heads} to {after.num_attention_heads}; "
-        f"{plan.block_ratio:.1%} of block parameters, {plan.total_ratio:.1%} of all"
     )
 
 

@@ -21,9 +21,10 @@ from cusprun.pipeline.curve_start import blank_report
 from cusprun.pipeline.evaluation import measured_sets
 from cusprun.pipeline.frontier import FrontierPoint, SpeedOptions, merged
 from cusprun.pipeline.frontier_points import Exporter, Size, parse_exports, require_runtimes
+from cusprun.pipeline.opening import OpenModel, as_expert, corpora_of, open_model
 from cusprun.pipeline.original import original_likelihoods
 from cusprun.pipeline.speed import MeasureSpeed, measure_speed
-from cusprun.pipeline.stages import OpenModel, as_expert, corpora_of, open_model, prune_opened, scored
+from cusprun.pipeline.stages import prune_opened, scored
 from cusprun.pipeline.wishes import PruneWishes, texts_of
 from cusprun.pipeline.workspaces import workspace_of
 from cusprun.progress import SILENT, Progress

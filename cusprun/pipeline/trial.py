@@ -41,9 +41,11 @@ def first_blocks(index: CheckpointIndex, count: int) -> CheckpointIndex:
 
 
 def spread(documents: Sequence[TokenizedDocument], tokens: int) -> tuple[TokenizedDocument, ...]:
-    """Return documents of all lengths alike, with at least ``tokens`` tokens together; all, where fewer."""
-    total = sum(len(document.token_ids) for document in documents)
-    every = max(1, total // max(1, tokens))
+    """Return documents of all lengths alike, of about ``tokens`` tokens together; all, if they have fewer.
+
+    One at the least.
+    """
+    every = min(len(documents), max(1, num_tokens(documents) // max(1, tokens)))
     ordered = sorted(documents, key=lambda document: -len(document.token_ids))
     return tuple(ordered[every // 2 :: every])
 

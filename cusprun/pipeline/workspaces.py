@@ -15,7 +15,7 @@ from cusprun.walk.ranks import ALONE, Ranks
 from cusprun.walk.workspace import Workspace
 
 if TYPE_CHECKING:
-    from cusprun.pipeline.stages import OpenModel
+    from cusprun.pipeline.opening import OpenModel
     from cusprun.pruning.refit import RefitSettings
     from cusprun.records import Corpora
     from cusprun.walk.budget import Demand

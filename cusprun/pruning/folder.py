@@ -112,30 +112,33 @@ def write_expert(
     require_space(out, round(index.num_bytes * (1 - plan.total_ratio)) + SMALL_FILES_BYTES)
     clock.check()
 
-    def work(batching: Batching) -> Manifest:
-        with ExitStack() as unfinished:  # ends after the output is committed
-            with ExitStack() as output:
-                folder = ranks.from_first(lambda: output.enter_context(atomic_folder(out)))
-                started = time.monotonic()
-                write = partial(
-                    _written_model, index, plan, max_shard_bytes=max_shard_bytes, batching=batching, **running
-                )
-                key = refit_key(plan, corpora.calibration, settings, batching, device, workspace)
-                made = _made(write, folder, corpora.calibration, settings, key, unfinished, **running)
-                seconds = {**provenance.seconds, "refit_and_write": time.monotonic() - started}
-                written = open_checkpoint(folder)
-                quality = measure_likelihood(written, corpora.held_out, index, **running) if measure else ()
-                told = replace(provenance, seconds=seconds)
-                manifest = _manifest(index, written, plan, corpora, told, made, quality, device)
-                ranks.from_first(lambda: _describe(index, folder, manifest))
-            return ranks.from_first(lambda: manifest)
-
     ranks = workspace.ranks
     running: dict[str, Any] = {"device": device, "workspace": workspace, "progress": progress}
     lengths = [len(document.token_ids) for document in corpora.calibration]
     demand = refitting(index, lengths, settings, workspace.memory_bytes)
-    batching = batching_within(workspace.memory_bytes, demand)
-    return with_smaller_batches(device, work, batching, ranks)
+
+    def work(batching: Batching) -> Manifest:
+        write = partial(
+            _written_model, index, plan, max_shard_bytes=max_shard_bytes, batching=batching, **running
+        )
+        key = refit_key(plan, corpora.calibration, settings, batching, device, workspace)
+        with ExitStack() as unfinished:  # ends after the output is committed
+            with ExitStack() as output:
+                folder = ranks.from_first(lambda: output.enter_context(atomic_folder(out)))
+                started = time.monotonic()
+                made = _made(write, folder, corpora.calibration, settings, key, unfinished, **running)
+                seconds = {**provenance.seconds, "refit_and_write": time.monotonic() - started}
+                written = open_checkpoint(folder)
+                digest = ranks.from_first(lambda: model_hash(written))
+                held_out = corpora.held_out
+                quality = measure_likelihood(written, held_out, index, key=key, **running) if measure else ()
+                # What follows takes no time: the measurement is not kept until the output is committed.
+                told = replace(provenance, seconds=seconds)
+                manifest = _manifest(index, written, digest, plan, corpora, told, made, quality, device)
+                ranks.from_first(lambda: _describe(index, folder, manifest))
+            return ranks.from_first(lambda: manifest)
+
+    return with_smaller_batches(device, work, batching_within(workspace.memory_bytes, demand), ranks)
 
 
 def _describe(index: CheckpointIndex, folder: Path, manifest: Manifest) -> None:
@@ -242,6 +245,7 @@ def cut_blocks(index: CheckpointIndex, kept: Sequence[int]) -> dict[str, Any]:
 def _manifest(
     index: CheckpointIndex,
     written: CheckpointIndex,
+    digest: str,
     plan: Plan,
     corpora: Corpora,
     provenance: Provenance,
@@ -256,7 +260,7 @@ def _manifest(
         created=clock.created(),
         source=provenance.source,
         source_hash=provenance.model_hash,
-        model_hash=model_hash(written),
+        model_hash=digest,
         expert=without_folders(provenance.expert),
         corpus_hash=provenance.corpus_hash,
         calibration_documents=len(corpora.calibration),

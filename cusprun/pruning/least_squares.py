@@ -9,6 +9,7 @@ With K = a_S a_S^T it is X = Z a_S by Z (K + ridge * I) = y^T, a system of the s
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,27 +19,27 @@ from cusprun.pruning.triangle import Factor, factored, spans
 from cusprun.walk.scratch import Scratch
 
 
-class System:
+class System(ABC):
     """Z (M + ridge * I) = target for any ridge; M [m, m] by its upper half, target float64 [features, m]."""
 
     def __init__(self, matrix: torch.Tensor, target: torch.Tensor, scratch: Scratch) -> None:
         self.matrix, self.target, self._scratch = matrix, target, scratch
 
+    @abstractmethod
     def seen(self, survivors: torch.Tensor) -> torch.Tensor:
         """Return what channels S of other tokens [p, S] meet in this system: [p, m]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def change(self, ridge: float) -> torch.Tensor:
         """Return what a ridge adds to the surviving columns: float64 [features, S]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def gain(self, change: torch.Tensor) -> float:
         """Return by how much a change [features, S] lessens the squared error on this system's tokens."""
-        raise NotImplementedError
 
+    @abstractmethod
     def with_rows(self, survivors: torch.Tensor, lost: torch.Tensor) -> System:
         """Return the system of these tokens and of others: [p, S], and y [p, features]; may be self."""
-        raise NotImplementedError
 
     def predicted(self, survivors: torch.Tensor, ridge: float) -> torch.Tensor:
         """Return what the change of a ridge gives for channels S of others: [p, features] for [p, S].

@@ -17,7 +17,7 @@ from cusprun.checkpoint.index import CheckpointIndex, model_hash, open_checkpoin
 from cusprun.checkpoint.output import atomic_folder, refuse_existing, require_space
 from cusprun.checkpoint.reader import read_tensor
 from cusprun.checkpoint.writer import CheckpointWriter, Declared
-from cusprun.codec import dump_json
+from cusprun.codec import dump_json, key_of, to_plain
 from cusprun.progress import SILENT, Progress
 from cusprun.pruning.folder import (
     CARD_NAME,
@@ -34,6 +34,7 @@ from cusprun.quality.likelihood import DocumentLikelihood, measure_likelihood
 from cusprun.records import Corpora, NeuronLayer, NeuronManifest, NeuronPlan
 from cusprun.version import __version__
 from cusprun.walk.device import CPU, Device
+from cusprun.walk.workspace import DEFAULT_WORKSPACE, Workspace
 
 
 def zeroed_tensor(
@@ -56,6 +57,7 @@ def write_zeroed(
     provenance: Provenance,
     measure: bool = True,
     device: Device = CPU,
+    workspace: Workspace = DEFAULT_WORKSPACE,
     progress: Progress = SILENT,
 ) -> NeuronManifest:
     """Write the model that ``plan`` describes into the folder ``out``, whole or not at all.
@@ -78,7 +80,15 @@ def write_zeroed(
         seconds = {**provenance.seconds, "zero_and_write": time.monotonic() - started}
         written = open_checkpoint(folder)
         quality = (
-            measure_likelihood(written, corpora.held_out, index, device=device, progress=progress)
+            measure_likelihood(
+                written,
+                corpora.held_out,
+                index,
+                key=key_of(provenance.model_hash, to_plain(plan)),
+                device=device,
+                workspace=workspace,
+                progress=progress,
+            )
             if measure
             else ()
         )

@@ -192,6 +192,19 @@ def shape_reasons(
     )
 
 
+def plan_sentence(plan: Plan) -> str:
+    """Say in one line what a plan removes."""
+    before, after = plan.before, plan.after
+    blocks = f"{before.num_hidden_layers} to {after.num_hidden_layers} blocks, "
+    return (
+        f"plan: {blocks if before.num_hidden_layers != after.num_hidden_layers else ''}"
+        f"FFN width {before.intermediate_size} to {after.intermediate_size}, "
+        f"KV heads {before.num_key_value_heads} to {after.num_key_value_heads}, "
+        f"query heads {before.num_attention_heads} to {after.num_attention_heads}; "
+        f"{plan.block_ratio:.1%} of block parameters, {plan.total_ratio:.1%} of all"
+    )
+
+
 def content_hash(plan: Plan) -> str:
     """Return a SHA-256 over what was asked for and what survives."""
     words = [plan.rule, plan.budget, list(plan.targets), list(plan.units)]

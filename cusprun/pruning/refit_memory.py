@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from cusprun.checkpoint.index import CheckpointIndex
 from cusprun.families import axis_length
 from cusprun.pruning.refit import RefitSettings
-from cusprun.walk.budget import FLOAT, MARGIN, Demand, block_bytes, token_bytes
+from cusprun.walk.budget import FLOAT, MARGIN, Demand, block_bytes, kept_bytes, token_bytes
 
 _DOUBLE = 8
 _SHARE = 12 / 64
@@ -21,7 +21,7 @@ def refitting(
 
     ``lengths`` are those of the documents, in tokens.
     """
-    fixed = {"one block in float32": block_bytes(index)}
+    fixed = {**kept_bytes(index, lengths), "one block in float32": block_bytes(index)}
     demand = Demand("the refit", fixed, token_bytes(index, lengths), max(lengths, default=1))
     solving = _solving_bytes(index, lengths, settings)
     if memory_bytes is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cusprun.checkpoint.index import open_checkpoint
+from cusprun.codec import key_of
 from cusprun.errors import CorpusError
 from cusprun.progress import SILENT, Progress
 from cusprun.pruning.refit import RefitSettings
@@ -92,6 +93,7 @@ def chosen_target(
                 measured = measure_likelihood(
                     open_checkpoint(scratch),
                     sides.apart,
+                    key=key_of(key, target),
                     device=device,
                     workspace=workspace,
                     progress=progress,

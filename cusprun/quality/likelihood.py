@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +19,12 @@ from cusprun.walk.budget import batching_within, measuring
 from cusprun.walk.device import CPU, Device
 from cusprun.walk.fallback import Batching, with_smaller_batches
 from cusprun.walk.shell import DecoderShell
-from cusprun.walk.spill import Spill, spilled
+from cusprun.walk.stream import Stream
+from cusprun.walk.work import Work
+from cusprun.walk.work_folder import walk_key, working
 from cusprun.walk.workspace import DEFAULT_WORKSPACE, Workspace
+
+log = logging.getLogger(__name__)
 
 HEAD_TOKENS = 2048
 """Tokens that go through the head at one time; each piece of it is cast once for all of them."""
@@ -60,11 +64,14 @@ def measure_likelihood(
     documents: Sequence[TokenizedDocument],
     reference: CheckpointIndex | None = None,
     *,
+    key: str | None = None,
     device: Device = CPU,
     workspace: Workspace = DEFAULT_WORKSPACE,
     progress: Progress = SILENT,
 ) -> tuple[DocumentLikelihood, ...]:
     """Return each document's likelihood under a model, in the order given.
+
+    ``key`` stands for the weights of both models: with it, what an earlier run has finished is found.
 
     Raises:
         CorpusError: there are no documents.
@@ -84,7 +91,7 @@ def measure_likelihood(
     lengths = [len(document.token_ids) for document in documents]
     return with_smaller_batches(
         device,
-        lambda batching: _likelihoods(models, documents, batching, device, workspace, progress),
+        lambda batching: _likelihoods(models, documents, key, batching, device, workspace, progress),
         batching_within(workspace.memory_bytes, measuring(models, lengths)),
         workspace.ranks,
     )
@@ -93,6 +100,7 @@ def measure_likelihood(
 def _likelihoods(
     models: Sequence[CheckpointIndex],
     documents: Sequence[TokenizedDocument],
+    key: str | None,
     batching: Batching,
     device: Device,
     workspace: Workspace,
@@ -101,36 +109,59 @@ def _likelihoods(
     """Measure the first of ``models``, with the second as its reference if there is one."""
     ranks = workspace.ranks
     batches = ranks.share(make_batches(documents, batching.tokens))
-    steps = sum(model.shape.num_hidden_layers for model in models) + len(batches)
-    with ExitStack() as stack:
-        stack.enter_context(device.exact())
-        advance = stack.enter_context(progress.stage(f"measuring quality{batching.note}", steps))
-        streams = []
-        for model in models:
-            width = model.shape.hidden_size
-            hidden = stack.enter_context(spilled(batches, width, workspace.folder, device=device))
-            streams.append((Head(_run_blocks(model, batches, hidden, device, advance)), hidden))
-        heads = [head for head, _ in streams]
-        sums = torch.zeros(len(documents), len(_SUMS), dtype=torch.float64)
-        for position, batch in enumerate(batches):
-            states = [hidden.read(position) for _, hidden in streams]
-            sums[list(batch.documents)] = _measure(heads, states, batch)
-            advance(1)
+    total = sum(model.shape.num_hidden_layers for model in models)
+    whole = None if key is None else walk_key(key, documents, batching.tokens, device, ranks)
+    with working(workspace, "quality", whole) as work, device.exact():
+        streams = [
+            work.stream(f"model-{number}", batches, model.shape.hidden_size, device)
+            for number, model in enumerate(models)
+        ]
+        done = work.settle()
+        if done:
+            log.info("measuring quality goes on after layer %d of %d", done, total)
+        name, steps = f"measuring quality{batching.note}", total - done + len(batches)
+        with progress.stage(name, steps) as advance:
+            heads = []
+            for model, hidden in zip(models, streams, strict=True):
+                heads.append(Head(_run_blocks(model, batches, hidden, work, done, advance)))
+                done = max(0, done - model.shape.num_hidden_layers)
+            sums = _summed(heads, streams, batches, len(documents), advance)
     # Every document is measured on one rank, and zero on the others.
     return tuple(_likelihood(row) for row in ranks.add(sums).tolist())
 
 
+def _summed(
+    heads: Sequence[Head], streams: Sequence[Stream], batches: Sequence[Batch], count: int, advance: Advance
+) -> torch.Tensor:
+    """Return the sums of all ``count`` documents: float64 [documents, sums]."""
+    sums = torch.zeros(count, len(_SUMS), dtype=torch.float64)
+    for position, batch in enumerate(batches):
+        states = [hidden.read(position) for hidden in streams]
+        sums[list(batch.documents)] = _measure(heads, states, batch)
+        advance(1)
+    return sums
+
+
 def _run_blocks(
-    index: CheckpointIndex, batches: Sequence[Batch], hidden: Spill, device: Device, advance: Advance
+    index: CheckpointIndex,
+    batches: Sequence[Batch],
+    hidden: Stream,
+    work: Work,
+    done: int,
+    advance: Advance,
 ) -> DecoderShell:
-    """Leave the last block's outputs in ``hidden``."""
-    shell = DecoderShell(index, device)
-    shell.embed_into(hidden, batches)
-    for layer in range(index.shape.num_hidden_layers):
+    """Leave the last block's outputs in ``hidden``, which is behind ``done`` blocks (or more than all)."""
+    shell = DecoderShell(index, hidden.device)
+    if not done:
+        shell.embed_into(hidden.next, batches)
+        hidden.turn()
+    for layer in range(done, index.shape.num_hidden_layers):
         block = shell.load_block(layer)
         with shell.holding(layer, block):
             for position in range(len(batches)):
                 hidden.write(position, shell.run(hidden.read(position)))
+        hidden.turn()
+        work.commit()
         advance(1)
     return shell
 

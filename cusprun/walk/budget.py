@@ -29,6 +29,12 @@ _COPIES = ({"hidden": 4, "heads": 5, "kv": 4}, {"hidden": 6, "heads": 1, "ffn": 
 _PRODUCT_ELEMENTS = 1 << 23
 """Entries of the products of groups of heads in memory at one time, as ``pruning/impact.py`` has it."""
 
+_ENTRY_BYTES = 1200
+"""What a tokenizer takes for each entry of its vocabulary, and keeps when it is dropped (Gemma 3: 950)."""
+
+_TOKEN_BYTES = 40
+"""What a document's token takes: an integer of Python's, and its place in a list."""
+
 _MASK_BYTES = 5
 """For each pair of tokens of a document under a sliding window: a truth value, and what is made from it."""
 
@@ -108,6 +114,7 @@ def scoring(index: CheckpointIndex, lengths: Sequence[int]) -> Demand:
     # W^T W of every group, and the same of the channels of as many documents as are taken together.
     together = min(max(product, _PRODUCT_ELEMENTS), len(lengths) * product)
     fixed = {
+        **kept_bytes(index, lengths),
         "one block in float32": block_bytes(index),
         "the products of heads": FLOAT * (product + together),
     }
@@ -116,14 +123,15 @@ def scoring(index: CheckpointIndex, lengths: Sequence[int]) -> Demand:
 
 def walking(index: CheckpointIndex, lengths: Sequence[int], stage: str) -> Demand:
     """Return what running documents of some lengths through the blocks takes."""
-    fixed = {"one block in float32": block_bytes(index)}
+    fixed = {**kept_bytes(index, lengths), "one block in float32": block_bytes(index)}
     return Demand(stage, fixed, token_bytes(index, lengths), max(lengths, default=1))
 
 
 def measuring(indexes: Sequence[CheckpointIndex], lengths: Sequence[int]) -> Demand:
     """Return what the likelihood of documents takes, of one model or of one and its reference."""
     # The head comes behind the blocks: the larger of both counts, of weights and of tokens.
-    fixed = {"one block or a piece of the head in float32": max(HEAD_PIECE_BYTES, *map(block_bytes, indexes))}
+    weights = max(HEAD_PIECE_BYTES, *map(block_bytes, indexes))
+    fixed = {**kept_bytes(indexes[0], lengths), "one block or a piece of the head in float32": weights}
     per_token = max(max(token_bytes(index, lengths), _head_token_bytes(index)) for index in indexes)
     return Demand("measuring quality", fixed, per_token, max(lengths, default=1))
 
@@ -132,6 +140,13 @@ def _head_token_bytes(index: CheckpointIndex) -> int:
     shape = index.shape
     entries = min(HEAD_PIECE_ENTRIES, shape.vocab_size)
     return FLOAT * (_HEAD_COPIES["hidden"] * shape.hidden_size + _HEAD_COPIES["entries"] * entries)
+
+
+def kept_bytes(index: CheckpointIndex, lengths: Sequence[int]) -> dict[str, int]:
+    """Return the bytes of what is there in every stage, by its name."""
+    return {
+        "the tokenizer and the documents": _ENTRY_BYTES * index.shape.vocab_size + _TOKEN_BYTES * sum(lengths)
+    }
 
 
 def block_bytes(index: CheckpointIndex) -> int:

@@ -21,6 +21,9 @@ class StreamMark:
     check_sums: tuple[int, ...]
 
 
+_NOT_BEGUN = StreamMark(-1, ())
+
+
 class Stream:
     """Rows of every padded token, by generations, each in a file of its own: 2 files, or 3 at the most.
 
@@ -68,6 +71,8 @@ class Stream:
 
     def mark(self) -> StreamMark:
         """Return the present generation, which :meth:`write` has filled, to find it again."""
+        if self._present < 0:
+            return _NOT_BEGUN
         sums = self._check_sums[self._present] if self._batches else {}
         return StreamMark(self._present, tuple(sums[batch] for batch in range(len(self._batches))))
 
@@ -77,6 +82,8 @@ class Stream:
 
     def is_sound(self, mark: StreamMark) -> bool:
         """Tell whether a generation is still what it was when it was marked."""
+        if mark == _NOT_BEGUN:
+            return True
         if (
             len(mark.check_sums) != len(self._batches)
             or not (self._folder / self._file_name(mark.file)).exists()

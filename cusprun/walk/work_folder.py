@@ -33,6 +33,7 @@ WORK = "work"
 """The folder, in that of the workspace, that holds one folder for each unfinished walk."""
 
 _NAME = re.compile(r"[a-z]+-[0-9a-f]{32}(?P<own>\.\w+)?")
+_NO_KEY = "0" * 32
 _ABANDONED_S = 30 * 86_400
 _COMPUTED_BY = ("torch", "transformers")
 
@@ -59,22 +60,23 @@ def walk_key(
 
 
 @contextmanager
-def working(workspace: Workspace, stage: str, key: str) -> Iterator[Work]:
+def working(workspace: Workspace, stage: str, key: str | None) -> Iterator[Work]:
     """Yield the work of the walk that ``key`` stands for; when the block ends well, the folder goes.
 
     When it ends with an error, what is finished stays for the next run of the same walk, unless the device
-    had too little memory, for then other batches are tried. Nothing stays, and nothing is found, in a
-    workspace without a folder, on disks that cannot be locked and where the same walk is already under way.
+    had too little memory, for then other batches are tried. Nothing stays, and nothing is found, without a
+    key, in a workspace without a folder, on disks that cannot be locked and where the same walk is already
+    under way.
 
     Raises:
         OutputError: the folder cannot be made.
     """
     if workspace.folder is None:
         with tempfile.TemporaryDirectory(prefix="cusprun-work-") as folder:
-            yield from _closed(Work(Path(folder), key, workspace.ranks, lasts=False))
+            yield from _closed(Work(Path(folder), key or _NO_KEY, workspace.ranks, lasts=False))
         return
-    place = _take(workspace.folder / WORK, f"{stage}-{key}")
-    work = Work(place.folder, key, workspace.ranks, lasts=place.lasts)
+    place = _take(workspace.folder / WORK, f"{stage}-{key or _NO_KEY}", lasts=key is not None)
+    work = Work(place.folder, key or _NO_KEY, workspace.ranks, lasts=place.lasts)
     try:
         yield from _closed(work)
     except torch.OutOfMemoryError:
@@ -117,15 +119,19 @@ class _Place:
             os.close(self.lock)
 
 
-def _take(parent: Path, name: str) -> _Place:
-    """Return the folder ``name``, or where another process has that or locks do not work, one apart."""
+def _take(parent: Path, name: str, *, lasts: bool) -> _Place:
+    """Return the folder ``name``, or where another process has that or locks do not work, one apart.
+
+    One apart is also what does not last.
+    """
     try:
         parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(parent)
-        lock = _lock(parent / name, make=True)
-        if lock is not None:
-            return _Place(parent / name, lock, lasts=True)
-        log.info("note: %s is taken or cannot be locked; this run begins at the start", parent / name)
+        if lasts:
+            lock = _lock(parent / name, make=True)
+            if lock is not None:
+                return _Place(parent / name, lock, lasts=True)
+            log.info("note: %s is taken or cannot be locked; this run begins at the start", parent / name)
         while True:
             apart = Path(tempfile.mkdtemp(prefix=f"{name}.", dir=parent))
             with suppress(FileNotFoundError):  # taken for abandoned before it was locked

@@ -111,7 +111,7 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _short(library: str) -> str:
+def short_library(library: str) -> str:
     """Return a library without what its build says of itself, which the report keeps."""
     return library.partition(":")[0]
 
@@ -128,8 +128,9 @@ def suite_notes(report: BenchReport, suite: Suite) -> tuple[str, ...]:
         return (f"Not measured: {suite.failure}.",)
     options, machine = report.options, report.environment
     notes = [
-        f"Medians over {_count(suite.num_pairs, 'pair')} of fresh processes in {_short(suite.library)}; the "
-        f"change is the median ratio of a pair, with its 95 % interval. Measured until: {suite.stopped}.",
+        f"Medians over {_count(suite.num_pairs, 'pair')} of fresh processes in "
+        f"{short_library(suite.library)}; the change is the median ratio of a pair, with its 95 % interval. "
+        f"Measured until: {suite.stopped}.",
         f"{options.num_decode_tokens} tokens decoded one by one; {_count(machine.num_threads, 'thread')} on "
         f"{machine.cpu_model}.",
     ]

@@ -26,7 +26,7 @@ _LOCAL_ENVIRONMENT = Path(".venv-vllm")  # what `make vllm` makes, and a user ma
 SERVER_MODULE = ("-m", "vllm.entrypoints.openai.api_server")
 """How the server is started; the ``vllm`` command of vLLM for CPUs does not work."""
 
-NOISE = ("Engine core initialization",)
+NOISE = ("Engine core initialization", "EngineDeadError")
 """What lines of vLLM's log hold that name an error but not its reason."""
 
 _REQUEST_S = 600.0

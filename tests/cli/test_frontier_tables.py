@@ -48,7 +48,12 @@ def test_a_speed_is_that_of_the_artifact_after() -> None:
         "peak_memory_bytes": comparison(1e8),
     }
     suite = SimpleNamespace(
-        failure=None, comparison=metrics.__getitem__, num_pairs=7, library="llama.cpp 1", noise=("loud",)
+        failure=None,
+        given_up=None,
+        comparison=metrics.__getitem__,
+        num_pairs=7,
+        library="llama.cpp 1",
+        noise=("loud",),
     )
     machine = SimpleNamespace(cpu_model="CPU", num_threads=2)
     speed = speed_of(suite, machine, SpeedOptions(prompt_tokens=64))
@@ -64,6 +69,9 @@ def test_a_speed_is_that_of_the_artifact_after() -> None:
 def test_a_failed_suite_is_a_failed_measurement() -> None:
     suite = SimpleNamespace(failure="the worker was ended by SIGKILL")
     with pytest.raises(MeasurementError, match="SIGKILL"):
+        speed_of(suite, None, SpeedOptions())
+    suite = SimpleNamespace(failure=None, given_up="3 runs were lost, the last time because of SIGKILL")
+    with pytest.raises(MeasurementError, match="3 runs were lost"):
         speed_of(suite, None, SpeedOptions())
 
 

@@ -17,7 +17,7 @@ from cusprun.codec import load_json
 from cusprun.errors import CorpusError, PlanError, UserError
 from cusprun.families import families
 from cusprun.pipeline.neurons import prune_neurons, scored_neurons
-from cusprun.pipeline.stages import OpenModel
+from cusprun.pipeline.opening import OpenModel
 from cusprun.pipeline.wishes import PruneWishes
 from cusprun.pruning.impact import channel_impacts
 from cusprun.pruning.neuron_impact import EXACT_TOKENS, query_and_key_impacts, value_and_output_impacts

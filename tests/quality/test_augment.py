@@ -12,7 +12,7 @@ import pytest
 from cusprun.corpus import build_corpora, corpus_hash, load_tokenizer
 from cusprun.errors import CorpusError
 from cusprun.pipeline.augment import augmented
-from cusprun.pipeline.stages import OpenModel, open_model
+from cusprun.pipeline.opening import OpenModel, open_model
 from cusprun.records import Augment, Corpora, Expert, Source
 
 WORDS = ("river", "stone", "apple", "seven", "cloud", "paper", "green", "under", "train", "music")

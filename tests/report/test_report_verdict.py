@@ -141,6 +141,24 @@ def test_a_runtime_that_broke_down_is_looked_at() -> None:
     assert "SIGKILL" in aspect(found, "Speed").facts[0].change
 
 
+def test_the_proof_of_what_is_shipped_comes_first_and_two_precisions_are_told_apart() -> None:
+    proofs = (made.parity_report("original"), made.parity_report("expert", reference_sha256=made.HASH["d"]))
+    q8_0 = replace(made.suite(), before=replace(made.suite().before, precision="q8_0"), noise=())
+    found = verdict(parity=proofs, suites=(made.suite(), q8_0))
+    assert aspect(found, "Parity").facts[0].label == "expert-f16.gguf"
+    labels = [fact.label for fact in aspect(found, "Speed").facts]
+    assert "Decode speed at 512 tokens, llamacpp f16" in labels
+    assert "Decode speed at 512 tokens, llamacpp q8_0" in labels
+    noisy = [reason for reason in found.reasons if "noisy machine" in reason]
+    assert noisy == [f"To know: noisy machine in llamacpp f16: {made.suite().noise[0]}."]
+
+
+def test_what_is_not_fine_has_a_next_step() -> None:
+    found = verdict(quality=made.eval_report(held_out=1.2, spread=0.03))
+    assert any("cusprun sweep shows how good each size is" in reason for reason in found.reasons)
+    assert not any(reason.startswith("What to do") for reason in verdict().reasons)
+
+
 def test_nothing_known_has_no_verdict() -> None:
     assert judge(Evidence(None, None, (), (), ())) is None
 

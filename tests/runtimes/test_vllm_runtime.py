@@ -101,6 +101,22 @@ class TestProcess:
         with pytest.raises(ModelError, match=r"exit code 7; it says: ValueError: no such head size"):
             VllmRuntime(tmp_path, python=python)
 
+    def test_the_reason_is_the_exception_and_not_where_it_was_passed_on(self, tmp_path: Path) -> None:
+        """As vLLM's processes log one: with the lines of every call, twice, and what became of it."""
+        (tmp_path / "config.json").write_text('{"vocab_size": 10}', encoding="utf-8")
+        said = [
+            "(Worker pid=1) ERROR 10:00:01 [a.py:1] Traceback (most recent call last):",
+            "(Worker pid=1) ERROR 10:00:01 [a.py:1]     raise error",
+            "(Worker pid=1) ERROR 10:00:01 [a.py:1] RuntimeError: unsupported head_dim=16",
+            "(Worker pid=1) ERROR 10:00:02 [b.py:2] RuntimeError: unsupported head_dim=16",
+            "(APIServer pid=2) ERROR 10:00:03 [c.py:3]     raise self._format_exception(outputs)",
+            "(APIServer pid=2) ERROR 10:00:03 [c.py:3] vllm.v1.EngineDeadError: See stack trace (above).",
+        ]
+        lines = " ".join(f"'{line}'" for line in said)
+        python = script(tmp_path / "python", f"printf '%s\\n' {lines}; exit 1")
+        with pytest.raises(ModelError, match=r"it says: RuntimeError: unsupported head_dim=16$"):
+            VllmRuntime(tmp_path, python=python)
+
     def test_server_that_never_answers_is_ended_with_its_children(self, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text('{"vocab_size": 10}', encoding="utf-8")
         os.mkfifo(tmp_path / "alive")

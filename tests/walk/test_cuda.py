@@ -29,7 +29,8 @@ from tiny import save_model
 from cusprun.checkpoint.index import CheckpointIndex, model_hash, open_checkpoint
 from cusprun.errors import DeviceError
 from cusprun.pipeline.neurons import prune_neurons
-from cusprun.pipeline.stages import OpenModel, prune_opened
+from cusprun.pipeline.opening import OpenModel
+from cusprun.pipeline.stages import prune_opened
 from cusprun.pipeline.wishes import PruneWishes
 from cusprun.pruning import refit_walk
 from cusprun.pruning.folder import Provenance, write_expert

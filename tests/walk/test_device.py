@@ -16,7 +16,8 @@ from tiny import save_model
 
 from cusprun.checkpoint.index import CheckpointIndex, model_hash, open_checkpoint
 from cusprun.errors import ConfigError, DeviceError
-from cusprun.pipeline.stages import OpenModel, scored
+from cusprun.pipeline.opening import OpenModel
+from cusprun.pipeline.stages import scored
 from cusprun.pruning import inputs
 from cusprun.pruning.folder import Provenance, write_expert
 from cusprun.pruning.neuron_score import score_neurons

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ranked import Threads, threads_of_ranks
+from ranked import Threads, run_ranks, threads_of_ranks
 from tiny import documents
 
 from cusprun.codec import Indices
@@ -140,6 +140,24 @@ def test_records_paths_and_tensors_arrive(ranks) -> None:
         for mine, theirs in zip(found["tensors"], value["tensors"], strict=True):
             assert mine.dtype == theirs.dtype
             assert torch.equal(mine, theirs)
+
+
+ON_GPUS = """
+import os, torch
+from cusprun.walk.shared_run import SharedRun
+
+with SharedRun(os.environ) as run:
+    own = run.ranks()
+    found = own.add(torch.full((1000, 3), own.rank + 1.5, device=f"cuda:{own.local_rank}"))
+    assert own.links.nccl is not None
+    assert found.device.index == own.local_rank and bool((found == 4).all()), found
+"""
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_gpus_add_by_themselves(tmp_path: Path) -> None:
+    for done in run_ranks(2, ("-c", ON_GPUS), tmp_path):
+        assert done.returncode == 0, done.stderr
 
 
 @dataclass(frozen=True)

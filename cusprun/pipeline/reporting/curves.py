@@ -22,6 +22,7 @@ from cusprun.pipeline.frontier_tables import (
     frontier_columns,
     frontier_notes,
     frontier_panels,
+    is_greyed,
     speed_columns,
     speed_rows,
 )
@@ -67,6 +68,11 @@ def _frontier(report: SweepReport, name: str) -> Iterator[Block]:
         texts=(len(columns) - 1,),
     )
     yield Heading("Which export to choose")
+    chosen = [point.name for point in report.frontier if not is_greyed(point)]
+    if chosen:
+        yield Prose(
+            f"Choose among {', '.join(chosen)}: for each of the others one of these is the better choice."
+        )
     panels = frontier_panels(report)
     if panels:
         description = (

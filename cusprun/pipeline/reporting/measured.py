@@ -15,6 +15,7 @@ from cusprun.pipeline.reporting.wording import (
     number,
     ratio,
     shown,
+    suite_name,
 )
 from serve.bench.records import Artifact, BenchReport, Comparison, Roofline, Suite
 from serve.report.view import Block, Bullets, Grid, Heading, Picture, Prose, Section
@@ -45,8 +46,8 @@ def bench_sections(reports: Sequence[BenchReport]) -> Iterator[Section]:
 
 
 def title_of(suite: Suite) -> str:
-    """Return what a report calls a suite: the library without how it was built, and the runtime's key."""
-    return f"{suite.library.partition(': ')[0] or suite.runtime} ({suite.runtime})"
+    """Return what a report calls a suite: the library without how it was built, the runtime and precision."""
+    return f"{suite.library.partition(': ')[0] or suite.runtime} ({suite_name(suite)})"
 
 
 def _measured(suites: Sequence[Suite]) -> Iterator[Block]:
@@ -202,10 +203,14 @@ def _roofline(suite: Suite, roofline: Roofline, name: str) -> Iterator[Block]:
             )
         )
     first = roofline.bounds[0]
+    rates = {
+        one.side: f"{amount(one.bandwidth_bytes_per_second, 'bytes')} per second" for one in roofline.bounds
+    }
+    reading = " and ".join(f"{rate} ({side})" for side, rate in rates.items())
     yield Prose(
-        "What the hardware allows is the slower of reading the bytes of each token at "
-        f"{amount(first.bandwidth_bytes_per_second, 'bytes')} per second and computing its operations at "
-        f"{first.flops_per_second / 1e9:,.1f} billion per second, both measured on this machine."
+        f"What the hardware allows is the slower of reading the bytes of each token at {reading} and "
+        f"computing its operations at {first.flops_per_second / 1e9:,.1f} billion per second, both measured "
+        "on this machine; weights that fit into a cache are read faster."
     )
     columns = ("speed", "bytes per token", "operations per token", "limit", "reached", "bound by")
     yield Picture(

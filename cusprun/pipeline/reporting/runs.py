@@ -44,15 +44,9 @@ def _samples(samples: Sequence[SampleAnswer]) -> Iterator[Block]:
 def _recipe(report: RunReport) -> Code:
     import yaml
 
-    tree = {
-        "model": report.source,
-        "expert": "expert.yaml",
-        "out": "out",
-        "ratio": report.ratio,
-        "exports": [
-            {"to": file.format, "quant": file.quant} for file in report.artifacts if file.side == "after"
-        ],
-    }
+    exports = [{"to": file.format, "quant": file.quant} for file in report.artifacts if file.side == "after"]
+    told = report.recipe or {"ratio": report.ratio, "exports": exports}
+    tree = {"model": report.source, "expert": "expert.yaml", "out": "out", **told}
     text = str(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)).rstrip()
     took = f"; its stages took {sum(report.seconds.values()):,.0f} s" if report.seconds else ""
     return Code(f"recipe.yaml: the whole way, by cusprun run recipe.yaml{took}", text)

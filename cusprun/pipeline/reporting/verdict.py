@@ -21,6 +21,7 @@ from cusprun.pipeline.reporting.wording import (
     metric_label,
     metric_tokens,
     shown,
+    suite_name,
 )
 from cusprun.records import Manifest, NeuronManifest
 from serve.bench.records import Comparison, Suite
@@ -98,6 +99,16 @@ OVERALL = (
     "memory is better. Do not ship it: an aspect speaks against it, or nothing is gained. Else look closer."
 )
 
+_HELD_OUT = RULES["held_out"].aspect
+NEXT: Mapping[str, str] = {
+    PARITY: "read under the proofs what differs, and export again or in another precision",
+    _HELD_OUT: "compare the answers of both models; a smaller ratio or more documents keep more, and cusprun "
+    "sweep shows how good each size is",
+    SPEED: "see under the pictures what bounds the speed, and measure again on a quiet machine what was not "
+    "shown",
+}
+"""What to do about an aspect that is not fine."""
+
 _SPEEDS = ("decode_tokens_per_second", "prompt_tokens_per_second")
 _PEAK = "peak_memory_bytes"
 _MOST_PROOFS = 3  # shown in the verdict, failed ones first
@@ -117,7 +128,7 @@ class Evidence:
 def judge(evidence: Evidence) -> Verdict | None:
     """Return the verdict; None when nothing is known that it could rest on."""
     aspects = (
-        _parity(evidence.parity),
+        _parity(evidence.parity, _expert_hash(evidence)),
         *(_quality(name, rule, evidence) for name, rule in RULES.items()),
         _speed(evidence.suites),
         _memory(evidence.suites),
@@ -125,7 +136,8 @@ def judge(evidence: Evidence) -> Verdict | None:
     )
     if all(aspect.status == "unknown" for aspect in aspects):
         return None
-    return Verdict(_answer(aspects), tuple(_reasons(aspects)), aspects, OVERALL)
+    reasons = (*_reasons(aspects), *_noise(evidence.suites))
+    return Verdict(_answer(aspects), reasons, aspects, OVERALL)
 
 
 def _answer(aspects: Sequence[Aspect]) -> str:
@@ -158,19 +170,33 @@ def _reasons(aspects: Sequence[Aspect]) -> Iterator[str]:
                 yield f"{opening}: {aspect.name.lower()} ({aspect.word}){details}."
     if _nothing_gained(gains):
         yield "Against it: neither size nor speed nor memory is shown to be better."
+    for aspect in aspects:
+        if aspect.status in ("look", "stop") and aspect.name in NEXT:
+            yield f"What to do: {NEXT[aspect.name]}."
     missing = [aspect.name.lower() for aspect in aspects if aspect.status == "unknown"]
     if missing:
         yield f"Not measured: {', '.join(missing)}."
+
+
+def _noise(suites: Sequence[Suite]) -> Iterator[str]:
+    """Yield what disturbed each suite first of all."""
+    for suite in suites:
+        for sentence in suite.noise[:1]:
+            yield f"To know: noisy machine in {suite_name(suite)}: {sentence}."
 
 
 def _unknown(name: str, rule: str) -> Aspect:
     return Aspect(name, "unknown", "not measured", (), rule)
 
 
-def _parity(reports: Sequence[ParityReport]) -> Aspect:
+def _parity(reports: Sequence[ParityReport], expert: str | None) -> Aspect:
     if not reports:
         return _unknown(PARITY, TEXTS[PARITY])
     failed = [report for report in reports if report.verdict != "pass"]
+    # What is shipped comes first: its proof stands for the aspect where there is room for one.
+    passed = sorted(
+        (one for one in reports if one.verdict == "pass"), key=lambda one: expert != one.reference_sha256
+    )
     facts = tuple(
         Fact(
             report.artifact or f"{report.format} {report.quant}",
@@ -178,7 +204,7 @@ def _parity(reports: Sequence[ParityReport]) -> Aspect:
             "passed" if report.verdict == "pass" else "failed",
             f"top-1 agreement {report.logits.top1_agreement:.2%}, {_kl_text(report.logits.mean_kl)}",
         )
-        for report in (*failed, *(report for report in reports if report.verdict == "pass"))
+        for report in (*failed, *passed)
     )
     word = "proven" if not failed else f"failed for {len(failed)} of {len(reports)}"
     left = len(facts) - _MOST_PROOFS
@@ -211,6 +237,12 @@ def _quality(name: str, rule: Rule, evidence: Evidence) -> Aspect:
 def _informing(rule: Rule, status: str) -> str:
     """Return the status of an aspect that never speaks against shipping as one that only informs."""
     return "told" if rule.against is None and status == "look" else status
+
+
+def _expert_hash(evidence: Evidence) -> str | None:
+    if evidence.manifest is not None:
+        return evidence.manifest.model_hash
+    return evidence.quality.models[-1].model_hash if evidence.quality is not None else None
 
 
 def _quality_rows(
@@ -275,7 +307,7 @@ def _compared(
     words: tuple[str, str],
 ) -> Aspect:
     failed = tuple(
-        Fact(suite.runtime, "", "failed", reason)
+        Fact(suite_name(suite), "", "failed", reason)
         for suite in suites
         if (reason := suite.failure or suite.given_up) is not None
     )
@@ -284,7 +316,7 @@ def _compared(
         return Aspect(name, unknown.status, unknown.word, failed, unknown.rule)
     facts = tuple(
         Fact(
-            f"{metric_label(one)}, {suite.runtime}",
+            f"{metric_label(one)}, {suite_name(suite)}",
             amount(one.before.median, one.unit),
             amount(one.after.median, one.unit),
             f"{change(one.ratio.low, one.ratio.median, one.ratio.high)}, {one.verdict}",
@@ -327,7 +359,7 @@ def _sizes(evidence: Evidence) -> Iterator[tuple[str, float, float, str]]:
             yield f"file, {kind}", sizes["before"], sizes["after"], "bytes"
     for suite in () if kinds else evidence.suites:
         if suite.before.file_bytes and suite.after.file_bytes:
-            yield f"file, {suite.runtime}", suite.before.file_bytes, suite.after.file_bytes, "bytes"
+            yield f"file, {suite_name(suite)}", suite.before.file_bytes, suite.after.file_bytes, "bytes"
     manifest = evidence.manifest
     if manifest is not None:
         after = parameters_after(manifest)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from serve.bench.records import NO_DIFFERENCE, TOO_FEW_PAIRS, Comparison, Interval
+from serve.bench.records import NO_DIFFERENCE, TOO_FEW_PAIRS, Comparison, Interval, Suite
 
 NOT_SHOWN = (NO_DIFFERENCE, TOO_FEW_PAIRS)
 """Verdicts of a comparison that found nothing."""
@@ -128,6 +128,11 @@ def improved(comparison: Comparison) -> bool:
     """Tell whether the median went the way that is better."""
     up = comparison.ratio.median > 1
     return up == (comparison.better == "higher")
+
+
+def suite_name(suite: Suite) -> str:
+    """Return what tells a suite from others: its runtime, and the precision that it ran."""
+    return f"{suite.runtime} {suite.before.precision}" if suite.before.precision else suite.runtime
 
 
 def counted(count: int, noun: str) -> str:
