@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 import subprocess
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch.distributed
 
-from cusprun.walk.group import Gpus, GroupRanks, joined_by_gloo
+from cusprun.walk.group import GroupRanks, Links
 from cusprun.walk.launch import Launch
 from cusprun.walk.watch import Watch
 
@@ -44,18 +45,33 @@ class Threads:
 
 
 @contextmanager
-def threads_of_ranks(count: int, by_machine: int | None = None) -> Iterator[Threads]:
-    """Yield ranks joined by gloo, ``by_machine`` of them said to be on one machine."""
+def threads_of_ranks(
+    count: int, by_machine: int | None = None, *, is_watched: bool = False
+) -> Iterator[Threads]:
+    """Yield ranks joined by gloo, ``by_machine`` of them said to be on one machine.
+
+    Where they are watched, they learn of one another's failures.
+    """
     store: Any = torch.distributed.HashStore()
 
     def join(rank: int) -> GroupRanks:
         launch = Launch(rank, count, rank, count, "127.0.0.1", 1)
-        gloo = joined_by_gloo(store, launch, timedelta(seconds=60))
+        links = Links(store, launch, timedelta(seconds=60))
         local = rank % (by_machine or count)
-        return GroupRanks(rank, count, local, gloo, Watch(store, rank, count), Gpus(store))
+        watch = Watch(store, rank, count, beat_s=0.05)
+        watch.begin()
+        return GroupRanks(rank, count, local, links, watch)
 
     with ThreadPoolExecutor(count) as pool:
-        yield Threads(list(pool.map(join, range(count))), pool)
+        ranks = list(pool.map(join, range(count)))
+        for own in ranks if is_watched else ():
+            own.watch.start()
+        yield Threads(ranks, pool)
+        for own in ranks:
+            own.watch.close()
+            for group in (*own.links.left, own.links.gloo) if is_watched else ():
+                # Its end waits for the end of the other threads' groups, with the interpreter's lock held.
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
 
 def free_port() -> int:

@@ -138,7 +138,7 @@ def write_expert(
                 ranks.from_first(lambda: _describe(index, folder, manifest))
             return ranks.from_first(lambda: manifest)
 
-    return with_smaller_batches(device, work, batching_within(workspace.memory_bytes, demand))
+    return with_smaller_batches(device, work, batching_within(workspace.memory_bytes, demand), ranks)
 
 
 def _describe(index: CheckpointIndex, folder: Path, manifest: Manifest) -> None:

@@ -72,7 +72,7 @@ def score_model(
 
     lengths = [len(document.token_ids) for document in corpora.calibration]
     batching = batching_within(workspace.memory_bytes, scoring(index, lengths))
-    with_smaller_batches(device, work, batching)
+    with_smaller_batches(device, work, batching, workspace.ranks)
     return out
 
 

@@ -93,6 +93,7 @@ def measure_likelihood(
         device,
         lambda batching: _likelihoods(models, documents, key, batching, device, workspace, progress),
         batching_within(workspace.memory_bytes, measuring(models, lengths)),
+        workspace.ranks,
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from cusprun.errors import DeviceError
 from cusprun.walk.batches import DEFAULT_BATCH_TOKENS
 from cusprun.walk.device import Device
+from cusprun.walk.ranks import ALONE, Ranks
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -43,22 +44,29 @@ _SIGNS = ("CUBLAS_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED", "CUDA er
 
 
 def with_smaller_batches(
-    device: Device, work: Callable[[Batching], T], batching: Batching = DEFAULT_BATCHING
+    device: Device,
+    work: Callable[[Batching], T],
+    batching: Batching = DEFAULT_BATCHING,
+    ranks: Ranks = ALONE,
 ) -> T:
     """Return what ``work`` returns, done again from its start in smaller batches when memory is short.
 
-    ``batching`` is that of the first try.
+    ``batching`` is that of the first try. Where ``ranks`` share the work, all begin it again together.
 
     Raises:
         DeviceError: the device runs out of memory again.
     """
     try:
         with _told_as_one():
-            return work(batching)
+            done = work(batching)
+            ranks.meet()  # one that goes on could not begin again with the others
+            return done
     except torch.OutOfMemoryError:
         pass  # and out of the clause, for the error keeps the tensors of its frames alive
     device.free()
-    note = f", again in smaller batches because {device.name} ran out of memory"
+    ranks.begin_again()
+    short = device.name if ranks.size == 1 else "the device of a process"
+    note = f", again in smaller batches because {short} ran out of memory"
     try:
         with _told_as_one():
             return work(batching.smaller(note))

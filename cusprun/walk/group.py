@@ -46,9 +46,8 @@ _PAUSE_S = (0.00005, 0.005)
 class GroupRanks(Ranks):
     """One process of a group; made by :func:`cusprun.walk.shared_run.SharedRun.ranks`."""
 
-    gloo: Any = None
+    links: Links = None  # type: ignore[assignment]
     watch: Watch = None  # type: ignore[assignment]
-    gpus: Gpus = None  # type: ignore[assignment]
 
     def share(self, batches: Sequence[Batch]) -> tuple[Batch, ...]:
         """Return the batches that this process runs: about as many padded tokens as any other's."""
@@ -62,9 +61,9 @@ class GroupRanks(Ranks):
 
         On GPUs of their own the ranks add there, else on the hosts.
         """
-        if tensor.is_cuda and not self.gpus.usable(self, tensor):
+        if tensor.is_cuda and not self.links.have_nccl(self, tensor):
             return self.add(tensor.cpu()).to(tensor.device)
-        group = self.gpus.group if tensor.is_cuda else self.gloo
+        group = self.links.nccl if tensor.is_cuda else self.links.gloo
         with torch.inference_mode():
             whole = tensor.contiguous()
             for chunk in _chunks(whole):
@@ -98,6 +97,13 @@ class GroupRanks(Ranks):
         """Go on when every rank has come to this point."""
         self.add(torch.zeros(1))
 
+    def begin_again(self) -> None:
+        """Leave this work with all other ranks; return when each has."""
+        again = self.links.generation + 1
+        self.watch.call_again(again)
+        self.watch.wait_for(f"again/{again}", self.size)
+        self.links.renew()
+
     def require_same(self, values: Mapping[str, str]) -> None:
         """Compare named values of all ranks; raises ``UserError`` on every one when they differ."""
         found = [json.loads(text) for text in self.gathered(json.dumps(dict(values)))]
@@ -122,23 +128,32 @@ class GroupRanks(Ranks):
         # As bytes, because gloo does not know every type; of no dimension there is no view of another type.
         flat = tensor.view(-1) if tensor.dim() else tensor.view(1)
         for chunk in _chunks(flat.view(torch.uint8)):
-            self._wait(partial(self.gloo.broadcast, chunk, 0))
+            self._wait(partial(self.links.gloo.broadcast, chunk, 0))
 
     def _wait(self, begin: Callable[[], Any]) -> None:
         """Begin a collective and wait for its end; raises ``RankError`` when the run fails meanwhile."""
-        self.watch.check()
+        self._check()
         pause = _PAUSE_S[0]
         try:
             work = begin()
             while not work.is_completed():
-                self.watch.check()
+                self._check()
                 time.sleep(pause)
                 pause = min(2 * pause, _PAUSE_S[1])
             work.wait()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
+            self._check(now=True)
             reason = " ".join(str(error).split())
             cause = self.watch.explain() or self.watch.post(_broken(self.rank, reason))
             raise cause.error() from None
+
+    def _check(self, *, now: bool = False) -> None:
+        """Raise what ends this rank's work: a failure elsewhere, or that all are to begin it again."""
+        self.watch.check()
+        if self.watch.asked_again(now=now) > self.links.generation:
+            raise torch.OutOfMemoryError("the device of another process ran out of memory")
 
 
 def _broken(rank: int, reason: str) -> Failure:
@@ -192,28 +207,42 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-class Gpus:
-    """The group between the ranks' GPUs, made when the first tensor on one is added."""
+class Links:
+    """The groups between the ranks: gloo, and nccl from the first sum on GPUs on."""
 
-    def __init__(self, store: Any) -> None:
-        self._store = store
-        self._usable: bool | None = None
-        self.group: Any = None
+    def __init__(self, store: Any, launch: Launch, timeout: timedelta) -> None:
+        """Connect all ranks; raises ``RankError`` when that takes longer than ``timeout``."""
+        self._store, self._launch, self._timeout = store, launch, timeout
+        self.gloo: Any = None
+        self.nccl: Any = None
+        self.left: list[Any] = []
+        self.generation = -1
+        self.renew()
 
-    def usable(self, ranks: GroupRanks, tensor: torch.Tensor) -> bool:
+    def renew(self) -> None:
+        """Make new groups; the old ones are left as they are, for a collective in them may never end."""
+        if self.generation >= 0:
+            self.close()
+            self.left.append(self.gloo)
+        self.generation += 1
+        self._part = _c10d.PrefixStore(f"group/{self.generation}", self._store)
+        self.gloo = joined_by_gloo(self._part, self._launch, self._timeout)
+        self.nccl = None
+        self._has_nccl: bool | None = None
+
+    def have_nccl(self, ranks: GroupRanks, tensor: torch.Tensor) -> bool:
         """Tell whether every rank has a GPU of its own and torch has nccl; all ranks hear the same."""
-        if self._usable is None:
+        if self._has_nccl is None:
             own = dist.is_nccl_available() and tensor.device.index == ranks.local_rank
-            able = ranks.add(torch.tensor([int(own)]))
-            self._usable = int(able) == ranks.size
-            if self._usable:
+            self._has_nccl = int(ranks.add(torch.tensor([int(own)]))) == ranks.size
+            if self._has_nccl:
                 options = _c10d.ProcessGroupNCCL.Options()
                 options._timeout = NEVER
-                store = _c10d.PrefixStore("nccl", self._store)
-                self.group = _c10d.ProcessGroupNCCL(store, ranks.rank, ranks.size, options)
-        return self._usable
+                store = _c10d.PrefixStore("nccl", self._part)
+                self.nccl = _c10d.ProcessGroupNCCL(store, ranks.rank, ranks.size, options)
+        return self._has_nccl
 
     def close(self) -> None:
-        """End the group without waiting for collectives that are under way."""
-        if self.group is not None:
-            self.group.abort()
+        """End what is between the GPUs without waiting for collectives that are under way."""
+        if self.nccl is not None:
+            self.nccl.abort()

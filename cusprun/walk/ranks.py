@@ -65,6 +65,16 @@ class Ranks:
         """
         return work()
 
+    def meet(self) -> None:
+        """Go on when every rank has come to this point."""
+
+    def begin_again(self) -> None:
+        """Leave the work that this rank is in, and make every other rank leave it at its next wait.
+
+        There :class:`torch.OutOfMemoryError` is raised, upon which each calls this too. It returns when all
+        have.
+        """
+
     def require_same(self, values: Mapping[str, str]) -> None:
         """Compare named values of all ranks; the names are those that an error says.
 

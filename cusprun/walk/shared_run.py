@@ -84,7 +84,7 @@ class SharedRun:
         """Leave the group."""
         if self._ranks is not None:
             self._ranks.watch.close()
-            self._ranks.gpus.close()
+            self._ranks.links.close()
             self._ranks = None
 
     def __enter__(self) -> SharedRun:
@@ -114,16 +114,16 @@ def _joined(launch: Launch, on_failure: OnFailure | None) -> GroupRanks:
             "this build of torch cannot join processes (it has no gloo); install another build, or start one "
             "process"
         )
-    from cusprun.walk.group import Gpus, GroupRanks, joined_by_gloo
+    from cusprun.walk.group import GroupRanks, Links
 
     store = _store(launch)
     watch = Watch(store, launch.rank, launch.size, on_failure=on_failure)
     watch.begin()
     _meet(store, launch)
     store.set_timeout(timedelta(seconds=STORE_S))
-    gloo = joined_by_gloo(store, launch, timedelta(seconds=START_S))
+    links = Links(store, launch, timedelta(seconds=START_S))
     watch.start()
-    return GroupRanks(launch.rank, launch.size, launch.local_rank, gloo, watch, Gpus(store))
+    return GroupRanks(launch.rank, launch.size, launch.local_rank, links, watch)
 
 
 def _store(launch: Launch) -> Any:

@@ -11,6 +11,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,7 +30,8 @@ LOST_CODE = 3
 
 RESUME = "the same command goes on from what is finished"
 
-_FAILURE, _SUSPECT = "failure", "suspect"
+_FAILURE, _SUSPECT, _AGAIN = "failure", "suspect", "again"
+_PAUSE_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Watch:
         self._beats: dict[int, bytes] = {}
         self._seen: dict[int, float] = {}
         self._failure: Failure | None = None
+        self._again = 0
         self._ending = threading.Event()
         self._closed = threading.Event()
         self._found = threading.Event()
@@ -99,6 +102,29 @@ class Watch:
         """Raise ``RankError`` when the run has failed."""
         if self._failure is not None:
             raise self._failure.error()
+
+    def call_again(self, number: int) -> None:
+        """Ask every rank to begin its work again, for the ``number``-th time."""
+        self._store.set(_AGAIN, str(number))
+        self._again = number
+
+    def asked_again(self, *, now: bool = False) -> int:
+        """Return how many times that was asked, to a beat or, with ``now``, to this moment."""
+        if now:
+            with suppress(RuntimeError):  # the store is gone, and so is the run
+                self._again = self._asked()
+        return self._again
+
+    def _asked(self) -> int:
+        return int(self._store.get(_AGAIN)) if self._store.check([_AGAIN]) else 0
+
+    def wait_for(self, name: str, size: int) -> None:
+        """Return when every rank has called this; raises ``RankError`` when the run fails meanwhile."""
+        self._store.set(f"{name}/{self._rank}", "1")
+        keys = [f"{name}/{rank}" for rank in range(size)]
+        while not self._store.check(keys):
+            self.check()
+            time.sleep(_PAUSE_S)
 
     def post(self, failure: Failure) -> Failure:
         """Make a failure known to all ranks; return the first that was, which may be another's."""
@@ -141,6 +167,7 @@ class Watch:
         self._store.set(_beat_key(self._rank), str(count))
         if self._store.check([_FAILURE]):
             return Failure(**json.loads(self._store.get(_FAILURE)))
+        self._again = self._asked()
         limit = self._beat_s * SUSPECT_BEATS if self._store.check([_SUSPECT]) else self._silent_s
         moment = time.monotonic()
         beats = self._store.multi_get([_beat_key(rank) for rank in self._watched])

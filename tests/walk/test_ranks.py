@@ -13,15 +13,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ranked import Threads, threads_of_ranks
+from ranked import Threads, run_ranks, threads_of_ranks
 from tiny import documents
 
 from cusprun.codec import Indices
-from cusprun.errors import UserError
+from cusprun.errors import DeviceError, RankError, UserError
 from cusprun.records import LayerPlan, LayerRefit, TokenizedDocument
 from cusprun.walk import group
 from cusprun.walk.batches import make_batches
+from cusprun.walk.device import CPU
+from cusprun.walk.fallback import Batching, with_smaller_batches
 from cusprun.walk.ranks import ALONE, fair_shares
+from cusprun.walk.watch import Failure
 from cusprun.walk.wire import packed, unpacked
 
 
@@ -139,6 +142,24 @@ def test_records_paths_and_tensors_arrive(ranks) -> None:
             assert torch.equal(mine, theirs)
 
 
+ON_GPUS = """
+import os, torch
+from cusprun.walk.shared_run import SharedRun
+
+with SharedRun(os.environ) as run:
+    own = run.ranks()
+    found = own.add(torch.full((1000, 3), own.rank + 1.5, device=f"cuda:{own.local_rank}"))
+    assert own.links.nccl is not None
+    assert found.device.index == own.local_rank and bool((found == 4).all()), found
+"""
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_gpus_add_by_themselves(tmp_path: Path) -> None:
+    for done in run_ranks(2, ("-c", ON_GPUS), tmp_path):
+        assert done.returncode == 0, done.stderr
+
+
 @dataclass(frozen=True)
 class _Foreign:
     value: int
@@ -189,3 +210,49 @@ def test_the_first_of_each_machine_goes_first() -> None:
         found = threads.call(lambda own: own.one_by_machine(lambda: work(own.rank)))
     assert found == [f"made by {rank}" for rank in range(4)]
     assert set(done[:2]) == {0, 2}
+
+
+class _OutOfMemory:
+    """Work that adds up batches' sizes, and runs out of memory on rank 1 in batches above a size."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.tries: list[tuple[int, int]] = []
+
+    def __call__(self, own: Any) -> int:
+        def work(batching: Batching) -> int:
+            self.tries.append((own.rank, batching.tokens))
+            total = int(own.add(torch.tensor([1])))
+            if own.rank == 1 and batching.tokens > self.most:
+                raise torch.OutOfMemoryError("out of memory")
+            return total + int(own.add(torch.tensor([batching.tokens])))
+
+        return with_smaller_batches(CPU, work, Batching(1024), own)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_all_ranks_begin_again_when_one_is_out_of_memory(count: int) -> None:
+    work = _OutOfMemory(most=256)
+    with threads_of_ranks(count, is_watched=True) as threads:
+        for _ in range(2):  # each stage may
+            assert threads.call(work) == [count + count * 256] * count
+    assert sorted(work.tries) == sorted(
+        2 * [(rank, tokens) for rank in range(count) for tokens in (256, 1024)]
+    )
+
+
+def test_a_rank_that_is_out_of_memory_again_ends_all() -> None:
+    with threads_of_ranks(2, is_watched=True) as threads:
+
+        def work(own: Any) -> None:
+            try:
+                _OutOfMemory(most=1)(own)
+            except DeviceError as error:
+                own.watch.post(Failure(own.rank, error.exit_code, f"rank {own.rank}: {error}"))
+                raise
+
+        first, second = threads.errors(work)
+    assert isinstance(second, DeviceError)
+    assert isinstance(first, RankError)
+    assert first.exit_code == 2
+    assert "rank 1: cpu has too little memory" in str(first)
