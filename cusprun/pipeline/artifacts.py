@@ -13,6 +13,7 @@ from cusprun.checkpoint.output import remove
 from cusprun.errors import ExportError, ModelError, require_known
 from cusprun.pipeline.calibration import MANIFEST_NAME, importance_for, known_corpora
 from cusprun.pipeline.proof import RUNTIMES, parity_documents, prove
+from cusprun.pipeline.workspaces import workspace_of
 from cusprun.progress import SILENT, Progress
 from cusprun.records import Expert
 from cusprun.resolve import StrPath, resolve
@@ -73,7 +74,7 @@ def export(
         log.info("note: %s", loss)
     wanted = verify or quant in chosen.calibrated
     corpora = known_corpora(source, expert, progress) if wanted else None
-    importance = importance_for(chosen, quant, asked, index, corpora, progress, where)
+    importance = importance_for(chosen, quant, asked, index, corpora, progress, where, workspace_of())
     chosen.export(source, target, quant=quant, options=asked, importance=importance, progress=progress)
     if verify:
         try:

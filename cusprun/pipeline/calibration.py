@@ -8,10 +8,13 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cusprun.errors import CusprunError
+from cusprun.cache import cached
+from cusprun.codec import key_of
+from cusprun.errors import CusprunError, ModelError
 from cusprun.progress import SILENT, Progress
 from cusprun.records import Corpora, Expert, Manifest, TokenizedDocument
 from cusprun.resolve import StrPath
+from cusprun.version import __version__
 from cusprun.walk.device import CPU, Device
 from cusprun.walk.workspace import DEFAULT_WORKSPACE, Workspace
 
@@ -91,16 +94,45 @@ def importance_for(
     """Return the mean squared input of every matrix on calibration documents, where the export profits.
 
     None when the precision takes none, ``options`` say so (``imatrix=False``), or no documents are known.
+    What was measured before is taken from the cache.
     """
     if quant not in chosen.calibrated or not getattr(options, "imatrix", True):
         return None
-    from cusprun.walk.importance import importance_of
-
     if corpora is None:
         log.info("note: no expert is known, so %s is made without its documents; give --expert", quant)
         return None
     documents = first_tokens(in_turns(corpora.calibration), IMPORTANCE_TOKENS)
-    importance: Mapping[str, NDArray[np.float32]] = importance_of(
-        index, documents, progress, device=device, workspace=workspace
-    )
-    return importance
+    return _importance(index, documents, progress, device, workspace)
+
+
+def _importance(
+    index: CheckpointIndex,
+    documents: Sequence[tuple[int, ...]],
+    progress: Progress,
+    device: Device,
+    workspace: Workspace,
+) -> Mapping[str, NDArray[np.float32]]:
+    """Return what ``importance_of`` returns, measured unless it is in the cache and sound."""
+    import torch
+
+    from cusprun.checkpoint.index import model_hash
+    from cusprun.checkpoint.output import atomic_file
+    from cusprun.checkpoint.reader import read_tensors
+    from cusprun.checkpoint.writer import write_tensors
+    from cusprun.walk.importance import importance_of
+
+    digest = model_hash(index)
+    name = key_of("importance", digest, documents, __version__, *device.key)
+
+    def make(path: Path) -> None:
+        means = importance_of(index, documents, progress, key=digest, device=device, workspace=workspace)
+        with atomic_file(path) as partial:
+            write_tensors(partial, {name: torch.from_numpy(mean) for name, mean in means.items()})
+
+    path, _ = cached("importances", name, make)
+    try:
+        found = read_tensors(path)
+    except ModelError:
+        path.unlink()
+        found = read_tensors(cached("importances", name, make)[0])
+    return {name: mean.numpy() for name, mean in found.items()}

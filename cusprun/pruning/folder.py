@@ -105,13 +105,7 @@ def write_expert(
         UserError: there is no such refit target, or the memory of ``workspace`` is too little.
         DeviceError: the device has too little memory, in smaller batches too.
     """
-    compensating_flags(index, plan, settings)
-    if settings.mode == "refit":
-        check_target(settings.target, index.family)
-    refuse_existing(out)
-    require_space(out, round(index.num_bytes * (1 - plan.total_ratio)) + SMALL_FILES_BYTES)
-    clock.check()
-
+    _refuse_impossible(index, plan, out, settings)
     ranks = workspace.ranks
     running: dict[str, Any] = {"device": device, "workspace": workspace, "progress": progress}
     lengths = [len(document.token_ids) for document in corpora.calibration]
@@ -139,6 +133,16 @@ def write_expert(
             return ranks.from_first(lambda: manifest)
 
     return with_smaller_batches(device, work, batching_within(workspace.memory_bytes, demand), ranks)
+
+
+def _refuse_impossible(index: CheckpointIndex, plan: Plan, out: Path, settings: RefitSettings) -> None:
+    """Raise before any work what would be raised behind it."""
+    compensating_flags(index, plan, settings)
+    if settings.mode == "refit":
+        check_target(settings.target, index.family)
+    refuse_existing(out)
+    require_space(out, round(index.num_bytes * (1 - plan.total_ratio)) + SMALL_FILES_BYTES)
+    clock.check()
 
 
 def _describe(index: CheckpointIndex, folder: Path, manifest: Manifest) -> None:

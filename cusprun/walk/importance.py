@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -11,6 +13,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from cusprun.checkpoint.index import CheckpointIndex
+from cusprun.checkpoint.reader import read_tensors
+from cusprun.checkpoint.writer import write_tensors
 from cusprun.errors import CorpusError, ModelError
 from cusprun.progress import SILENT, Progress
 from cusprun.records import TokenizedDocument
@@ -18,9 +22,13 @@ from cusprun.walk.batches import Batch, make_batches
 from cusprun.walk.budget import batching_within, walking
 from cusprun.walk.device import CPU, Device
 from cusprun.walk.fallback import Batching, with_smaller_batches
+from cusprun.walk.ranks import ALONE
 from cusprun.walk.shell import DecoderShell
-from cusprun.walk.spill import Spill, spilled
+from cusprun.walk.stream import Stream
+from cusprun.walk.work_folder import walk_key, working
 from cusprun.walk.workspace import DEFAULT_WORKSPACE, Workspace
+
+log = logging.getLogger(__name__)
 
 HEAD = "lm_head"
 """The key of the head's input, whether or not the head has a matrix of its own."""
@@ -33,6 +41,7 @@ def importance_of(
     documents: Sequence[Sequence[int]],
     progress: Progress = SILENT,
     *,
+    key: str | None = None,
     device: Device = CPU,
     workspace: Workspace = DEFAULT_WORKSPACE,
 ) -> _Means:
@@ -46,6 +55,7 @@ def importance_of(
         index: the model that will be quantised.
         documents: token ids of the calibration documents; those without tokens are passed over.
         progress: told about each batch in each block.
+        key: stands for the weights of the model; with it, what an earlier run has finished is found.
         device: where the blocks run.
         workspace: where hidden states lie, and how much memory the blocks may take.
 
@@ -66,7 +76,7 @@ def importance_of(
     demand = walking(index, [len(text.token_ids) for text in texts], "finding important weights")
     return with_smaller_batches(
         device,
-        lambda batching: _measure(index, texts, progress, device, workspace, batching),
+        lambda batching: _measure(index, texts, progress, key, device, workspace, batching),
         batching_within(workspace.memory_bytes, demand),
     )
 
@@ -75,28 +85,42 @@ def _measure(
     index: CheckpointIndex,
     texts: Sequence[TokenizedDocument],
     progress: Progress,
+    key: str | None,
     device: Device,
     workspace: Workspace,
     batching: Batching,
 ) -> _Means:
     batches = make_batches(texts, batching.tokens)
-    num_layers, width = index.shape.num_hidden_layers, index.shape.hidden_size
-    means: _Means = {}
-    name = f"finding important weights{batching.note}"
-    with (
-        device.exact(),
-        spilled(batches, width, workspace.folder, device=device) as hidden,
-        progress.stage(name, num_layers * len(batches), "batch") as advance,
-    ):
-        shell = DecoderShell(index, device)
-        shell.embed_into(hidden, batches)
-        for layer in range(num_layers):
-            sums = _Sums(device)
-            for _ in _run_block(shell, layer, batches, hidden, sums):
-                advance(1)
-            means |= _means_of(sums, index, f"block {layer}")
-        means |= _means_of(_head_sums(shell, batches, hidden), index, "the last norm")
-    return means
+    total, width = index.shape.num_hidden_layers, index.shape.hidden_size
+    whole = None if key is None else walk_key(key, texts, batching.tokens, device, ALONE)
+    with working(replace(workspace, ranks=ALONE), "importance", whole) as work, device.exact():
+        hidden = work.stream("hidden", batches, width, device)
+        done = work.settle()
+        if done:
+            log.info("finding important weights goes on after layer %d of %d", done, total)
+        name, steps = f"finding important weights{batching.note}", (total - done) * len(batches)
+        with progress.stage(name, steps, "batch") as advance:
+            shell = DecoderShell(index, device)
+            if not done:
+                shell.embed_into(hidden.next, batches)
+                hidden.turn()
+            for layer in range(done, total):
+                sums = _Sums(device)
+                for _ in _run_block(shell, layer, batches, hidden, sums):
+                    advance(1)
+                hidden.turn()
+                with work.adding(_name(layer)) as path:
+                    write_tensors(path, _means_of(sums, index, f"block {layer}"))
+                work.commit()
+        found: dict[str, torch.Tensor] = {}
+        for layer in range(total):
+            found |= read_tensors(work.path(_name(layer)))
+        found |= _means_of(_head_sums(shell, batches, hidden), index, "the last norm")
+    return {name: mean.numpy() for name, mean in found.items()}
+
+
+def _name(layer: int) -> str:
+    return f"block-{layer:05d}.safetensors"
 
 
 class _Sums:
@@ -128,7 +152,7 @@ class _Sums:
 
 
 def _run_block(
-    shell: DecoderShell, layer: int, batches: Sequence[Batch], hidden: Spill, sums: _Sums
+    shell: DecoderShell, layer: int, batches: Sequence[Batch], hidden: Stream, sums: _Sums
 ) -> Iterator[None]:
     """Run one block over all batches, adding up its inputs and moving the hidden states on."""
     block = shell.load_block(layer)
@@ -158,7 +182,7 @@ def _observed(block: nn.Module, prefix: str, sums: _Sums) -> Iterator[None]:
             handle.remove()
 
 
-def _head_sums(shell: DecoderShell, batches: Sequence[Batch], hidden: Spill) -> _Sums:
+def _head_sums(shell: DecoderShell, batches: Sequence[Batch], hidden: Stream) -> _Sums:
     sums, norm = _Sums(shell.device), shell.load_norm()
     with torch.inference_mode():
         for position, batch in enumerate(batches):
@@ -167,11 +191,11 @@ def _head_sums(shell: DecoderShell, batches: Sequence[Batch], hidden: Spill) -> 
     return sums
 
 
-def _means_of(sums: _Sums, index: CheckpointIndex, where: str) -> _Means:
+def _means_of(sums: _Sums, index: CheckpointIndex, where: str) -> dict[str, torch.Tensor]:
     means = {name: sums.mean(name) for name in sums.squares}
     if not all(bool(torch.isfinite(mean).all()) for mean in means.values()):
         raise ModelError(
             f"{index.folder}: the activations of {where} overflow float32 or are no numbers; "
             "start from a sound checkpoint"
         )
-    return {name: mean.numpy() for name, mean in means.items()}
+    return means

@@ -152,3 +152,24 @@ def test_a_search_that_is_interrupted_measures_no_expert_twice(work, cusprun, mo
     assert len(made) <= steps + 1
     assert Path("out/cusprun.json").read_bytes() == Path("whole/cusprun.json").read_bytes()
     assert Path("out/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
+
+
+def test_important_weights_are_measured_once_unless_they_are_damaged(work, cusprun, monkeypatch) -> None:
+    from cusprun.walk import importance
+
+    calls, own = [], importance.importance_of
+
+    def counted(*args, **options):
+        calls.append(1)
+        return own(*args, **options)
+
+    monkeypatch.setattr(importance, "importance_of", counted)
+    export = ("export", "model", "--expert", "expert.yaml", "--quant", "q4_k_m", "--no-verify", "--out")
+    assert cusprun(*export, "a.gguf").code == 0
+    assert cusprun(*export, "b.gguf").code == 0
+    assert len(calls) == 1
+    (kept,) = (work / "cache" / "importances").iterdir()
+    kept.write_bytes(kept.read_bytes()[:50])
+    assert cusprun(*export, "c.gguf").code == 0
+    assert len(calls) == 2
+    assert Path("a.gguf").read_bytes() == Path("b.gguf").read_bytes() == Path("c.gguf").read_bytes()

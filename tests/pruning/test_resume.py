@@ -48,7 +48,7 @@ def assert_same_files(one: Path, other: Path) -> None:
 @pytest.mark.parametrize(
     ("target", "every", "first"),
     [
-        ("output", 67, 31),
+        ("output", 97, 41),
         pytest.param("output", 21, 2, marks=pytest.mark.slow),
         pytest.param("residual", 53, 5, marks=pytest.mark.slow),
         pytest.param("auto", 127, 7, marks=pytest.mark.slow),

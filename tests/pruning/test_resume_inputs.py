@@ -141,7 +141,13 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
+SOME = ("documents", "plan")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [name if name in SOME else pytest.param(name, marks=pytest.mark.slow) for name in CHANGES],
+)
 def test_what_is_asked_otherwise_begins_anew_and_leaves_the_other_alone(
     change: str, made: Path, left: Workspace, layers: list[int], tmp_path: Path
 ) -> None:
