@@ -22,7 +22,7 @@ from cusprun.records import TokenizedDocument
 T = TypeVar("T")
 
 _SAMPLE_S = 0.003
-_SHORT_S = 0.5
+_SHORT_S = 2.0
 """A trial that takes less is repeated, and the faster one counts."""
 
 

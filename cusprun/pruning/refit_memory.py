@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from cusprun.checkpoint.index import CheckpointIndex
 from cusprun.families import axis_length
@@ -28,8 +29,7 @@ def refitting(
         # The least that would do is where the solve's share of it and all else just fill it.
         least = demand.least_bytes / (1 - MARGIN * _SHARE)
         solving = min(solving, round(_SHARE * max(memory_bytes, least)))
-    fixed["the least squares"] = solving
-    return demand
+    return replace(demand, fixed={**fixed, "the least squares": solving})
 
 
 def mapped_bytes(
