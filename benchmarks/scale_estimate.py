@@ -10,10 +10,20 @@ from pathlib import Path
 
 from experts import SMOLLM2
 from measuring import Job, Ledger, Options, Row
-from scale_model import QWEN_1_5B, TINY, Config, cut_to, expert_file, random_model
+from scale_model import (
+    LLAMA_8B,
+    QWEN_1_5B,
+    TINY,
+    Config,
+    cut_to,
+    expert_file,
+    model_folder,
+    random_model,
+)
 from scale_parts import DEMO_EXPERT, RATIO, asked_for, gigabytes, minutes, verdict, wanted
 from watched import Watched, cusprun, watched
 
+from cusprun.checkpoint.output import remove
 from cusprun.codec import key_of
 from cusprun.resolve import resolve
 
@@ -32,18 +42,21 @@ class Subject:
     tokens: int = 200
     memory: str | None = None
 
-    def opened(self, folder: Path) -> tuple[Path, Path]:
+    def opened(self, name: str, scratch: Path) -> tuple[Path, Path]:
         """Return the model's folder and the expert's file."""
         if self.config is None:
             return resolve(SMOLLM2.source).path, DEMO_EXPERT
-        expert = expert_file(folder / "corpus", self.documents, self.tokens)
-        return random_model(folder / "model", self.config), expert
+        expert = expert_file(scratch / TABLE / name / "corpus", self.documents, self.tokens)
+        return random_model(model_folder(scratch, name, self.config), self.config), expert
 
 
 SUBJECTS: Mapping[str, Subject] = {
     "smollm2-135m": Subject(SMOLLM2.title),
     "smollm2-135m-in-1GB": Subject(f"{SMOLLM2.title}, `--memory 1GB`", memory="1GB"),
     "qwen2.5-1.5b": Subject("4 blocks of Qwen2.5-1.5B's shape", cut_to(QWEN_1_5B, 4)),
+    "llama-3.1-8b": Subject(
+        "Llama-3.1-8B's shape, `--memory 4GB`", LLAMA_8B, documents=8, tokens=128, memory="4GB"
+    ),
 }
 _SMOKE = {"tiny": Subject("tiny", cut_to(TINY, 2), documents=4, tokens=64)}
 
@@ -66,24 +79,21 @@ def fill(options: Options, ledger: Ledger) -> None:
 
 def _row(name: str, subject: Subject, options: Options) -> Row:
     folder = options.scratch / TABLE / name
-    model, expert = subject.opened(folder)
+    model, expert = subject.opened(name, options.scratch)
     asked = [model, "--expert", expert, "--ratio", RATIO]
     asked += [] if subject.memory is None else ["--memory", subject.memory]
     env = {"CUSPRUN_CACHE": str(folder / "cache"), "TMPDIR": str(folder)}
-    report = folder / "estimate.json"
-    report.unlink(missing_ok=True)
+    report, places = folder / "estimate.json", (folder / "out", folder / "cache")
+    for earlier in (report, *places):
+        remove(earlier)
     estimating = watched(
-        cusprun("prune", *asked, "--out", folder / "expert", "--estimate", "--json", report),
+        cusprun("prune", *asked, "--estimate", "--json", report),
         folder / "estimate.log",
         env=env,
     )
     told = json.loads(report.read_text(encoding="utf-8"))
-    found = watched(
-        cusprun("prune", *asked, "--out", folder / "expert"),
-        folder / "prune.log",
-        env=env,
-        folders=(folder / "expert", folder / "cache"),
-    )
+    command = cusprun("prune", *asked, "--out", folder / "out" / "expert")
+    found = watched(command, folder / "prune.log", env=env, folders=places)
     estimated = {name: float(told[name]) for name in QUANTITIES}
     measured = _measured(found)
     return {

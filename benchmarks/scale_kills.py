@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from measuring import Job, Ledger, Options, Row
-from scale_model import TINY, Config, cut_to, expert_file, random_model
+from scale_model import TINY, Config, cut_to, expert_file, model_folder, random_model
 from scale_parts import RATIO, asked_for, verdict, wanted
 
 from cusprun.codec import key_of
@@ -62,17 +62,17 @@ def fill(options: Options, ledger: Ledger) -> None:
         Job(
             key_of(seed, kills, config, DOCUMENTS, TOKENS),
             {"kills": f"{seed * kills + 1} to {(seed + 1) * kills}"},
-            partial(_row, options.scratch / TABLE, config, kills, seed),
+            partial(_row, options.scratch, config, kills, seed),
         )
         for seed in range(count)
     ]
     ledger.finish(TABLE, jobs, dict, fresh=options.fresh, show=_shown, wanted=wanted(options, TABLE))
 
 
-def _row(folder: Path, config: Config, kills: int, seed: int) -> Row:
-    model = random_model(folder / f"model-{config['num_hidden_layers']}", config)
-    expert = expert_file(folder / "corpus", DOCUMENTS, TOKENS)
-    root = folder / f"seed-{seed}"
+def _row(scratch: Path, config: Config, kills: int, seed: int) -> Row:
+    model = random_model(model_folder(scratch, "tiny", config), config)
+    expert = expert_file(scratch / TABLE / "corpus", DOCUMENTS, TOKENS)
+    root = scratch / TABLE / f"seed-{seed}"
     _Prune(model, expert, root / "warm-up").run()
     whole = _Prune(model, expert, root / "undisturbed")
     seconds = whole.run()

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from measuring import Job, Ledger, Options, Row
-from scale_model import MEDIUM, TINY, Config, cut_to, random_corpora, random_model
+from scale_model import MEDIUM, TINY, Config, cut_to, model_folder, random_corpora, random_model
 from scale_parts import RATIO, asked_for, exponent, verdict, wanted
 
 from cusprun.checkpoint.index import CheckpointIndex, model_hash, open_checkpoint
@@ -93,8 +93,8 @@ def _row(axis: str, start: Size, factors: Sequence[int], rounds: int, config: Co
 
 def _timed(size: Size, config: Config, scratch: Path) -> dict[str, float]:
     """Return the seconds of scoring, and of the whole prune with it."""
-    folder = scratch / TABLE / f"{size.layers}-blocks"
-    index = open_checkpoint(random_model(folder, cut_to(config, size.layers)))
+    cut = cut_to(config, size.layers)
+    index = open_checkpoint(random_model(model_folder(scratch, f"hidden-{cut['hidden_size']}", cut), cut))
     corpora = random_corpora(size.documents, size.tokens)
     with tempfile.TemporaryDirectory(dir=scratch) as made:
         return _prune(index, corpora, Path(made))

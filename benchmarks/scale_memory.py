@@ -13,7 +13,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from measuring import Job, Ledger, Options, Row
-from scale_model import MODELS, Config, expert_file
+from scale_model import MODELS, Config, expert_file, model_folder
 from scale_parts import RATIO, asked_for, gigabytes, minutes, verdict, wanted
 from watched import Watched, cusprun, watched
 
@@ -30,10 +30,11 @@ TOKENS = 128
 
 @dataclass(frozen=True)
 class Chain:
-    """The stages from a random model to a GGUF file, in one folder."""
+    """The stages from a random model to a GGUF file, in one folder, which the model may stand outside of."""
 
     name: str
     folder: Path
+    model: Path
     documents: int = DOCUMENTS
     tokens: int = TOKENS
     limit_bytes: int = LIMIT_BYTES
@@ -42,11 +43,6 @@ class Chain:
     def config(self) -> Config:
         """The model's config."""
         return MODELS[self.name]
-
-    @property
-    def model(self) -> Path:
-        """Where the model is."""
-        return self.folder / self.name
 
     @cached_property
     def expert(self) -> Path:
@@ -110,7 +106,7 @@ STAGES: Mapping[str, str] = {
 def chain(options: Options) -> Chain:
     """Return the chain that is measured."""
     name = "tiny" if options.smoke else "llama-3.1-8b"
-    return Chain(name, options.scratch / TABLE)
+    return Chain(name, options.scratch / TABLE, model_folder(options.scratch, name, MODELS[name]))
 
 
 def fill(options: Options, ledger: Ledger) -> None:

@@ -138,6 +138,11 @@ def random_model(folder: Path, config: Config, seed: int = 0) -> Path:
     return folder
 
 
+def model_folder(scratch: Path, name: str, config: Config) -> Path:
+    """Return where a model stands that several tables may use."""
+    return scratch / "models" / f"{name}-{config['num_hidden_layers']}-blocks"
+
+
 def index_of(config: Config) -> CheckpointIndex:
     """Return the index of a model that does not exist: names, types and shapes, and no files."""
     shape = shape_of(config, "the config")

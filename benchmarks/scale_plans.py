@@ -76,7 +76,7 @@ MACHINES: tuple[Machine, ...] = (
 class Shares:
     """What was measured.
 
-    ``walk`` in float32 and ``solve`` in float64 are shares of the rate of a large matrix product,
+    ``walk`` in float32 and ``solve`` in float64 are shares of the rate of a large matrix product;
     ``hash_rate`` is bytes per second.
     """
 

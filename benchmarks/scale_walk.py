@@ -14,7 +14,7 @@ import torch
 from cost import one_round
 from experts import SMOLLM2
 from measuring import Job, Ledger, Options, Row
-from scale_model import QWEN_1_5B, TINY, Config, cut_to, random_corpora, random_model
+from scale_model import QWEN_1_5B, TINY, Config, cut_to, model_folder, random_corpora, random_model
 from scale_parts import DEMO_EXPERT, asked_for, minutes, verdict, wanted
 
 from cusprun.checkpoint.index import open_checkpoint
@@ -50,10 +50,10 @@ class Subject:
         """The hash of what is measured."""
         return key_of(self.title, self.config, self.documents, self.tokens, ROUNDS)
 
-    def opened(self, scratch: Path) -> tuple[Path, Corpora]:
+    def opened(self, name: str, scratch: Path) -> tuple[Path, Corpora]:
         """Return the model's folder and the documents."""
         if self.config is not None:
-            folder = random_model(scratch / f"{TABLE}-{self.title}", self.config)
+            folder = random_model(model_folder(scratch, name, self.config), self.config)
             return folder, random_corpora(self.documents, self.tokens)
         folder = resolve(SMOLLM2.source).path
         corpora = build_corpora(load_expert(DEMO_EXPERT), folder)
@@ -78,14 +78,14 @@ def fill(options: Options, ledger: Ledger) -> None:
     subjects = _SMOKE if options.smoke else SUBJECTS
     rounds = 1 if options.smoke else ROUNDS
     jobs = [
-        Job(subject.key, {"model": name}, partial(_row, subject, options.scratch, rounds))
+        Job(subject.key, {"model": name}, partial(_row, name, subject, options.scratch, rounds))
         for name, subject in subjects.items()
     ]
     ledger.finish(TABLE, jobs, dict, fresh=options.fresh, show=_shown, wanted=wanted(options, TABLE))
 
 
-def _row(subject: Subject, scratch: Path, rounds: int) -> Row:
-    folder, corpora = subject.opened(scratch)
+def _row(name: str, subject: Subject, scratch: Path, rounds: int) -> Row:
+    folder, corpora = subject.opened(name, scratch)
     index = open_checkpoint(folder)
     times = [one_round(index, corpora, with_head=subject.config is None) for _ in range(rounds)]
     return {

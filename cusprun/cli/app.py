@@ -159,8 +159,8 @@ def _terminated_gently() -> Iterator[None]:
 def _interrupted() -> Ended:
     return Ended(
         EXIT_INTERRUPTED,
-        "interrupted; nothing half-written was left behind, and the same command continues from the "
-        "finished stages",
+        "interrupted; nothing half-written was left behind, and the same command goes on from what is "
+        "finished",
     )
 
 

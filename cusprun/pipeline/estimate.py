@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -208,6 +209,8 @@ class _Trial:
             self.sizes[count] = written.num_bytes
             for documents in self.held_out:
                 self._timed(MEASURE, view, documents, partial(self._measure, written, view, documents))
+            for place in list(self.scratch.iterdir()):  # two embeddings and heads are gigabytes
+                shutil.rmtree(place)
 
     def _timed(
         self,

@@ -68,7 +68,7 @@ def disk_use(
         score_work_bytes=_FLOAT * _GENERATIONS * rows * hidden,
         refit_work_bytes=refit,
         refit_weights_bytes=weights,
-        measure_work_bytes=_FLOAT * 2 * _padded_tokens(corpora.held_out) * hidden,
+        measure_work_bytes=_FLOAT * 2 * _GENERATIONS * _padded_tokens(corpora.held_out) * hidden,
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from cusprun.codec import key_of
 from cusprun.errors import CorpusError, ModelError, UserError, require_kind
-from cusprun.pipeline.workspaces import require_whole_model, workspace_of
+from cusprun.pipeline.workspaces import require_measuring_memory, require_whole_model, workspace_of
 from cusprun.progress import SILENT, Progress
 from cusprun.records import Corpora, Expert, TokenizedDocument
 from cusprun.resolve import StrPath
@@ -172,6 +172,7 @@ def measure(
 
     documents = [document for group in sets.values() for document in group]
     reference = opened[0].index if len(opened) > 1 else None
+    require_measuring_memory(opened, documents)
     measured = [
         measure_likelihood(
             model.index,

@@ -26,7 +26,7 @@ from cusprun.pipeline.original import original_likelihoods
 from cusprun.pipeline.speed import MeasureSpeed, measure_speed
 from cusprun.pipeline.stages import prune_opened, scored
 from cusprun.pipeline.wishes import PruneWishes, texts_of
-from cusprun.pipeline.workspaces import workspace_of
+from cusprun.pipeline.workspaces import require_pruning_memory, workspace_of
 from cusprun.progress import SILENT, Progress
 from cusprun.records import Corpora, Expert, Plan, TokenizedDocument
 from cusprun.resolve import StrPath
@@ -106,6 +106,7 @@ def sweep(
     wishes.check_family(opened.index.family, wishes.chosen_rule)
     corpora = corpora_of(opened, chosen, progress)
     sets = measured_sets(corpora, chosen)
+    require_pruning_memory(opened, corpora, wishes.settings(wishes.chosen_rule, opened.index.family))
     exporter = Exporter(
         specs, Size(0.0, opened.index), opened, corpora, sets, speed, measure, folder, keep, progress
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from cusprun.walk.workspace import Workspace
 if TYPE_CHECKING:
     from cusprun.pipeline.opening import OpenModel
     from cusprun.pruning.refit import RefitSettings
-    from cusprun.records import Corpora
+    from cusprun.records import Corpora, TokenizedDocument
     from cusprun.walk.budget import Demand
 
 
@@ -105,6 +106,15 @@ def require_whole_model(opened: OpenModel, stage: str) -> None:
 
     parts = {"the whole model": opened.index.num_bytes}
     require_memory(opened.workspace.memory_bytes, [Demand(stage, parts, 0, 1)])
+
+
+def require_measuring_memory(opened: Sequence[OpenModel], documents: Sequence[TokenizedDocument]) -> None:
+    """Raise ``UserError`` when measuring one of the models beside the first takes more than is allowed."""
+    from cusprun.walk.budget import measuring, require_memory
+
+    lengths = [len(document.token_ids) for document in documents]
+    demands = [measuring([model.index, opened[0].index], lengths) for model in opened]
+    require_memory(opened[0].workspace.memory_bytes, demands)
 
 
 def require_pruning_memory(opened: OpenModel, corpora: Corpora, settings: RefitSettings) -> None:

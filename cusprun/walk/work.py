@@ -29,6 +29,9 @@ from cusprun.walk.stream import Stream, StreamMark
 log = logging.getLogger(__name__)
 
 MARKER = "progress.json"
+LOCK = "lock"
+"""The file that the folder's owner has locked."""
+
 _CHUNK_BYTES = 1 << 22
 
 
@@ -218,7 +221,8 @@ class Work:
     def _clear(self) -> None:
         self.close()
         for entry in list(self.folder.iterdir()):
-            remove(entry)
+            if entry.name != LOCK:
+                remove(entry)
 
     def _write(self, marker: _Marker) -> None:
         if self._lasts:

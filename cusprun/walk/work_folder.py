@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import re
+import secrets
 import shutil
 import sys
 import tempfile
@@ -24,7 +25,7 @@ from cusprun.records import TokenizedDocument
 from cusprun.version import __version__
 from cusprun.walk.device import Device
 from cusprun.walk.ranks import Ranks
-from cusprun.walk.work import MARKER, Work
+from cusprun.walk.work import LOCK, Work
 from cusprun.walk.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -108,10 +109,13 @@ class _Place:
     lasts: bool
 
     def remove(self) -> None:
-        """Remove the folder, the marker first: what is half removed is nothing to go on from."""
-        with suppress(OSError):
-            (self.folder / MARKER).unlink(missing_ok=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove the folder; nobody finds it half removed."""
+        gone = self.folder.with_name(f"{self.folder.name.partition('.')[0]}.{secrets.token_hex(4)}")
+        try:
+            self.folder.rename(gone)
+        except OSError:
+            gone = self.folder
+        shutil.rmtree(gone, ignore_errors=True)
 
     def release(self) -> None:
         """Let others have the folder."""
@@ -155,18 +159,28 @@ def _remove_abandoned(parent: Path) -> None:
 
 
 def _lock(path: Path, *, make: bool = False) -> int | None:
-    """Lock a folder for this process and return its handle; None where another has it or none can be had."""
+    """Lock a folder for this process and return a handle; None where another has it or none can be had.
+
+    Raises:
+        FileNotFoundError: there is no such folder, and it is not to be made.
+    """
     if sys.platform == "win32":
         return None
     import fcntl
 
     while True:
-        if make:
-            path.mkdir(exist_ok=True)
-        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            if make:
+                path.mkdir(exist_ok=True)
+            # A file, open to be written: network disks lock no folders, and nothing that is only read.
+            handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        except FileNotFoundError:
+            if make:
+                continue
+            raise
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(handle), path.stat()):
+            if os.path.samestat(os.fstat(handle), (path / LOCK).stat()):
                 return handle
         except FileNotFoundError:
             pass  # its owner removed it in between

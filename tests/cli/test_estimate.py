@@ -152,6 +152,11 @@ def test_a_budget_of_memory_is_kept_and_refused_before_work(work: Path, cusprun:
     outcome = cusprun(*ask, least)
     assert outcome.code == 0, outcome
     assert load_json(Manifest, Path("out/cusprun.json")).plan.block_ratio >= 0.25
+    for command in (("eval", "model"), ("sweep", "model", "--ratios", "0.3", "--out", "curve")):
+        outcome = cusprun(*command, "--expert", "expert.yaml", "--memory", "100MB")
+        assert outcome.code == 2
+        assert "takes at least" in outcome.err
+    assert not Path("curve").exists()
     neuron = cusprun(*ask[:4], "--out", "other", "--granularity", "neuron", "--memory", "1GB")
     assert neuron.code == 2
     assert "leave it out" in neuron.err

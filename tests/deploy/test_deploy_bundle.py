@@ -78,6 +78,7 @@ def test_extras_that_come_later_are_needed_too(monkeypatch: pytest.MonkeyPatch) 
         assert "d" in pinned(names, marker_environment("linux-x86_64", "3.11"))
 
 
+@pytest.mark.slow
 def test_an_index_that_cannot_be_reached_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And no other platform is recommended for it."""
     for name in [name for name in os.environ if name.startswith("PIP_")]:

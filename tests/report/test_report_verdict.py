@@ -78,6 +78,7 @@ def test_a_good_expert_is_shipped_with_reasons() -> None:
         # The interval reaches beyond a threshold: neither fine nor against.
         ({"quality": made.eval_report(held_out=1.09, spread=0.03)}, "look", "somewhat worse"),
         ({"quality": made.eval_report(held_out=1.27, spread=0.03)}, "look", "somewhat worse"),
+        ({"quality": made.eval_report(held_out=1.03, spread=0.08)}, "look", "too uncertain to say"),
         ({"quality": made.eval_report(held_out=0.95, spread=0.01)}, "ship", "better"),
         ({"quality": made.eval_report(held_out=1.005, spread=0.02)}, "ship", "no difference shown"),
         # General text alone never decides.

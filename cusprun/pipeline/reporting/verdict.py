@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from exporters.parity_records import ParityReport
 
 
+UNSURE = "too uncertain to say"
+"""Of an interval that holds both no change and one that is not fine."""
+
+
 @dataclass(frozen=True)
 class Rule:
     """When a perplexity ratio with its interval is fine, and when it speaks against shipping.
@@ -61,7 +65,7 @@ class Rule:
         if self.against is not None and low > self.against:
             return "stop", self.word_against
         if high > self.fine:
-            return "look", self.word_between
+            return "look", self.word_between if low > 1 else UNSURE
         if low <= 1 <= high:
             return "ok", "no difference shown"
         return "ok", "better" if high < 1 else self.word_fine

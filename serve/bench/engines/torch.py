@@ -17,6 +17,7 @@ class TorchEngine:
 
     def __init__(self) -> None:
         import torch
+        from transformers import AutoModelForCausalLM
 
         self.num_vocabulary = 0
         self.num_parameters: int | None = None
@@ -24,6 +25,7 @@ class TorchEngine:
         self.library = ""
         self.pids: tuple[int, ...] = ()
         self._torch = torch
+        self._model_class = AutoModelForCausalLM  # imported by now: that is no part of loading a model
         self._model: Any = None
         self._tokenizer: Any = None
         self._cache: Any = None
@@ -41,7 +43,7 @@ class TorchEngine:
         torch.set_num_threads(job.num_threads)
         options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(
+            model = self._model_class.from_pretrained(
                 Path(job.path), dtype="auto", use_safetensors=True, **options
             )
         except Exception as error:  # the libraries raise many kinds
