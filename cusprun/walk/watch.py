@@ -146,7 +146,8 @@ class Watch:
         try:
             self.store.set(_SUSPECT, "1")
         except RuntimeError:
-            return self._failure or self._storeless()
+            self._failure = self._failure or self._storeless()
+            return self._failure
         self._found.wait(self._beat_s * (SUSPECT_BEATS + 2))
         return self._failure
 
