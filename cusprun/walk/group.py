@@ -64,8 +64,8 @@ class GroupRanks(Ranks):
         if tensor.is_cuda and not self.links.have_nccl(self, tensor):
             return self.add(tensor.cpu()).to(tensor.device)
         group = self.links.nccl if tensor.is_cuda else self.links.gloo
+        whole = tensor.contiguous()
         with torch.inference_mode():
-            whole = tensor.contiguous()
             for chunk in _chunks(whole):
                 self._wait(partial(group.allreduce, [chunk]))
         return whole

@@ -24,6 +24,10 @@ START_S = 300.0
 STORE_S = 60.0
 """How long the store may take to answer once all have met."""
 
+WORD_S = 20.0
+"""How long a process that fails before all have met waits until the first one has said why."""
+
+_TOLD = "told"
 _PAUSE_S = 0.02
 
 OnFailure = Callable[[Failure], None]
@@ -43,6 +47,7 @@ class SharedRun:
         """
         self.launch = launch_of(environment)
         self._on_failure = on_failure
+        self._watch: Watch | None = None
         self._ranks: GroupRanks | None = None
 
     def ranks(self) -> Ranks:
@@ -55,24 +60,52 @@ class SharedRun:
         if self.launch is None:
             return ALONE
         if self._ranks is None:
-            self._ranks = _joined(self.launch, self._on_failure)
+            self._ranks = _joined(self.launch, self._connected(self.launch))
         return self._ranks
+
+    def _connected(self, launch: Launch) -> Watch:
+        """Return the watch on the launcher's store."""
+        if self._watch is None:
+            self._watch = Watch(_store(launch), launch.rank, launch.size, on_failure=self._on_failure)
+        return self._watch
 
     def failed(self, exit_code: int, text: str, *, told_to_end: bool = False) -> Failure:
         """Make a failure of this process known; return it, or another's where that is why this one ends.
 
         ``told_to_end`` says that a signal did, as a launcher sends when another process has failed.
         """
-        rank = 0 if self.launch is None else self.launch.rank
-        own = Failure(rank, exit_code, text)
-        if self._ranks is None:
+        if self.launch is None:
+            return Failure(0, exit_code, text)
+        rank = self.launch.rank
+        own, known = Failure(rank, exit_code, text), Failure(rank, exit_code, f"rank {rank} failed: {text}")
+        first: Failure | None = None
+        if self._ranks is not None:
+            cause = self._ranks.watch.explain() if told_to_end else None
+            self._ranks.watch.close()
+            first = cause or self._ranks.watch.post(known)
+        elif self.launch.store_is_kept:
+            first = self._failed_alone(self.launch, known)
+        if first is None or first == known:
             return own
-        watch, known = self._ranks.watch, Failure(rank, exit_code, f"rank {rank} failed: {text}")
-        cause = watch.explain() if told_to_end else None
-        watch.close()
-        first = cause or watch.post(known)
-        echoed = first.text == text  # this one only passes on what it was told
-        return first if echoed or (told_to_end and first != known) else own
+        is_echo = first.text == text  # this one only passes on what it was told
+        return first if told_to_end or is_echo else own
+
+    def _failed_alone(self, launch: Launch, known: Failure) -> Failure | None:
+        """Make a failure known before all have met; return the first that was.
+
+        A launcher ends all as soon as one has ended: so the others wait for the first, which is to speak.
+        """
+        try:
+            watch = self._connected(launch)
+            first = watch.post(known)
+            if launch.is_first:
+                watch.store.set(_TOLD, "1")
+            deadline = time.monotonic() + WORD_S
+            while not launch.is_first and not watch.store.check([_TOLD]) and time.monotonic() < deadline:
+                time.sleep(_PAUSE_S)
+        except (RankError, RuntimeError):  # nobody to tell
+            return None
+        return first
 
     def finish(self) -> None:
         """Wait until every rank has come to its good end; raises ``RankError`` when one does not."""
@@ -105,7 +138,7 @@ class SharedRun:
             self.close()
 
 
-def _joined(launch: Launch, on_failure: OnFailure | None) -> GroupRanks:
+def _joined(launch: Launch, watch: Watch) -> GroupRanks:
     """Meet the other processes and join the group."""
     import torch.distributed as dist
 
@@ -116,12 +149,10 @@ def _joined(launch: Launch, on_failure: OnFailure | None) -> GroupRanks:
         )
     from cusprun.walk.group import GroupRanks, Links
 
-    store = _store(launch)
-    watch = Watch(store, launch.rank, launch.size, on_failure=on_failure)
     watch.begin()
-    _meet(store, launch)
-    store.set_timeout(timedelta(seconds=STORE_S))
-    links = Links(store, launch, timedelta(seconds=START_S))
+    _meet(watch, launch)
+    watch.store.set_timeout(timedelta(seconds=STORE_S))
+    links = Links(watch.store, launch, timedelta(seconds=START_S))
     watch.start()
     return GroupRanks(launch.rank, launch.size, launch.local_rank, links, watch)
 
@@ -156,17 +187,24 @@ def version_of_this() -> str:
     return __version__
 
 
-def _meet(store: Any, launch: Launch) -> None:
-    """Wait until every process is here; raises ``UserError`` when their versions differ."""
+def _meet(watch: Watch, launch: Launch) -> None:
+    """Wait until every process is here.
+
+    Raises:
+        RankError: one does not come, or failed before.
+        UserError: their versions differ.
+    """
     import torch
 
     from cusprun.walk.group import require_equal
 
     about = {"version of cusprun": version_of_this(), "version of torch": torch.__version__.partition("+")[0]}
     keys = [f"here/{rank}" for rank in range(launch.size)]
+    store = watch.store
     store.set(keys[launch.rank], json.dumps(about))
     deadline = time.monotonic() + START_S
     while not store.check(keys):
+        watch.read()
         if time.monotonic() > deadline:
             missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
             raise RankError(

@@ -65,7 +65,7 @@ class Watch:
         beat_s: float = BEAT_S,
         silent_s: float = SILENT_S,
     ) -> None:
-        self._store, self._rank = store, rank
+        self.store, self._rank = store, rank
         self._watched = tuple(range(1, size)) if rank == 0 else (0,)
         self._on_failure, self._silent_s = on_failure, silent_s
         # The first rank reads every beat: not more than 64 keys each second.
@@ -81,7 +81,7 @@ class Watch:
 
     def begin(self) -> None:
         """Leave the first beat, which the others may look for once they know of this rank."""
-        self._store.set(_beat_key(self._rank), "0")
+        self.store.set(_beat_key(self._rank), "0")
 
     def start(self) -> None:
         """Beat and look, from now on."""
@@ -103,9 +103,14 @@ class Watch:
         if self._failure is not None:
             raise self._failure.error()
 
+    def read(self) -> None:
+        """Raise ``RankError`` when a failure was posted to this moment."""
+        if self.store.check([_FAILURE]):
+            raise Failure(**json.loads(self.store.get(_FAILURE))).error()
+
     def call_again(self, number: int) -> None:
         """Ask every rank to begin its work again, for the ``number``-th time."""
-        self._store.set(_AGAIN, str(number))
+        self.store.set(_AGAIN, str(number))
         self._again = number
 
     def asked_again(self, *, now: bool = False) -> int:
@@ -116,20 +121,20 @@ class Watch:
         return self._again
 
     def _asked(self) -> int:
-        return int(self._store.get(_AGAIN)) if self._store.check([_AGAIN]) else 0
+        return int(self.store.get(_AGAIN)) if self.store.check([_AGAIN]) else 0
 
     def wait_for(self, name: str, size: int) -> None:
         """Return when every rank has called this; raises ``RankError`` when the run fails meanwhile."""
-        self._store.set(f"{name}/{self._rank}", "1")
+        self.store.set(f"{name}/{self._rank}", "1")
         keys = [f"{name}/{rank}" for rank in range(size)]
-        while not self._store.check(keys):
+        while not self.store.check(keys):
             self.check()
             time.sleep(_PAUSE_S)
 
     def post(self, failure: Failure) -> Failure:
         """Make a failure known to all ranks; return the first that was, which may be another's."""
         try:
-            text = self._store.compare_set(_FAILURE, "", json.dumps(asdict(failure)))
+            text = self.store.compare_set(_FAILURE, "", json.dumps(asdict(failure)))
             first = Failure(**json.loads(text))
         except RuntimeError:  # the store went with whoever held it
             first = self._failure or failure
@@ -139,9 +144,10 @@ class Watch:
     def explain(self) -> Failure | None:
         """Return why the run fails, after a broken connection or a signal to end; None when nobody knows."""
         try:
-            self._store.set(_SUSPECT, "1")
+            self.store.set(_SUSPECT, "1")
         except RuntimeError:
-            return self._failure or self._storeless()
+            self._failure = self._failure or self._storeless()
+            return self._failure
         self._found.wait(self._beat_s * (SUSPECT_BEATS + 2))
         return self._failure
 
@@ -164,13 +170,13 @@ class Watch:
 
     def _look(self, count: int) -> Failure | None:
         """Beat, and return a failure that was posted or is seen."""
-        self._store.set(_beat_key(self._rank), str(count))
-        if self._store.check([_FAILURE]):
-            return Failure(**json.loads(self._store.get(_FAILURE)))
+        self.store.set(_beat_key(self._rank), str(count))
+        if self.store.check([_FAILURE]):
+            return Failure(**json.loads(self.store.get(_FAILURE)))
         self._again = self._asked()
-        limit = self._beat_s * SUSPECT_BEATS if self._store.check([_SUSPECT]) else self._silent_s
+        limit = self._beat_s * SUSPECT_BEATS if self.store.check([_SUSPECT]) else self._silent_s
         moment = time.monotonic()
-        beats = self._store.multi_get([_beat_key(rank) for rank in self._watched])
+        beats = self.store.multi_get([_beat_key(rank) for rank in self._watched])
         for rank, beat in zip(self._watched, beats, strict=True):
             if self._beats.get(rank) != beat:
                 self._beats[rank], self._seen[rank] = beat, moment

@@ -201,19 +201,30 @@ def test_a_killed_rank_ends_the_run_and_the_same_command_goes_on(work, monkeypat
     assert files_of(work / "out") == wanted
 
 
-@pytest.mark.slow
-def test_torchrun_starts_them(work) -> None:
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
-            "-m", "cusprun", *PRUNE,
-        ],
+def torchrun(work: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+    return subprocess.run(
+        [sys.executable, *launcher, "-m", "cusprun", *arguments],
         cwd=work,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
-    )  # fmt: skip
+    )
+
+
+@pytest.mark.slow
+def test_torchrun_starts_them(work) -> None:
+    done = torchrun(work, *PRUNE)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("wrote out") == 1
     assert (work / "out/cusprun.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_first_process_speaks_before_torchrun_ends_it(work) -> None:
+    done = torchrun(work, *PRUNE, "--ratio", "0.99")
+    assert done.returncode != 0
+    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1
+    assert "the ratio 0.99 is outside (0, 0.9]" in told[0]

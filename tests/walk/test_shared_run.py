@@ -118,6 +118,15 @@ def test_a_store_that_goes_is_a_failure_but_at_the_end(ending: bool) -> None:
     assert heard.empty()
 
 
+def test_whoever_finds_the_store_gone_keeps_knowing_it() -> None:
+    watch = Watch(_Gone(), 1, 2)
+    cause = watch.explain()
+    assert cause is not None
+    assert cause.is_silent
+    watch.close()
+    assert watch.post(Failure(1, 3, "an echo of it")) == cause
+
+
 def test_without_a_launcher_a_process_is_alone() -> None:
     for environment in ({}, {"WORLD_SIZE": "4"}, launched(0, 1, 29500)):
         with SharedRun(environment) as run:
