@@ -179,10 +179,11 @@ def to_markdown(table: Row) -> str:
     killed, identical, continued = (
         sum(row[name] for row in rows) for name in ("killed", "identical", "continued")
     )
+    seconds = sorted(row["undisturbed_seconds"] for row in rows)
     return (
         f"A prune of a model of {rows[0]['layers']} blocks was killed (`SIGKILL`) {killed} times at random "
-        f"moments of its {rows[0]['undisturbed_seconds']:.1f} s, each time with new folders, and given "
-        f"again. {identical} of {killed} results are equal to an undisturbed run's in every byte of their "
-        f"{rows[0]['files']} files: {verdict(identical == killed)}. {continued} of them found finished "
-        "layers.\n"
+        f"moments of the {seconds[0]:.1f} to {seconds[-1]:.1f} s that it takes undisturbed, each time with "
+        f"new folders, and given again. {identical} of {killed} results are equal to an undisturbed run's in "
+        f"every byte of their {rows[0]['files']} files: {verdict(identical == killed)}. {continued} of them "
+        "found finished layers.\n"
     )

@@ -127,36 +127,44 @@ class Work:
 
     @property
     def solve_operations(self) -> float:
-        """The choice of the FFN channels, and the least squares for those that stay."""
-        width, hidden = float(self.shape.intermediate_size), self.shape.hidden_size
+        """The choice of the FFN channels, and the least squares for those that stay (``docs/method.md``).
+
+        The metric is factored and inverted for its diagonal; each channel that goes takes a column of the
+        inverse, freed of those before it, and an update of the weights. Then a factorisation and a solution
+        for all features for each ridge, and for the last one.
+        """
+        width, features = float(self.shape.intermediate_size), self.shape.hidden_size
         kept = width * (1 - RATIO)
-        choice = width**3 + 2 * (width - kept) * kept * (width + hidden)
-        least_squares = _RIDGES * (kept**3 / 3 + 4 * kept**2 * hidden)
-        return self.shape.num_hidden_layers * (choice + least_squares)
+        gone = width - kept
+        choice = width**3 * 2 / 3 + 2 * width**2 * gone + width * gone**2 + 2 * width * features * gone
+        squares = _RIDGES * (kept**3 / 3 + 2 * kept**2 * features) + 2 * features * kept * gone
+        return self.shape.num_hidden_layers * (choice + squares)
 
     @property
     def spilled_bytes(self) -> int:
-        """What the refit holds in files: two hidden states and both projections' channels of each token."""
-        width = 2 * self.shape.hidden_size + axis_length("heads", self.shape) + self.shape.intermediate_size
+        """What the refit holds in files: three hidden states and both projections' channels of each token."""
+        width = 3 * self.shape.hidden_size + axis_length("heads", self.shape) + self.shape.intermediate_size
         return _FLOAT * self.tokens * width
 
     @property
     def gram_bytes(self) -> int:
         """The Gram matrix of the widest projection while it is filled."""
-        return _FLOAT * self.shape.intermediate_size**2
+        return _DOUBLE * self.shape.intermediate_size**2
 
     @property
     def solve_bytes(self) -> int:
-        """What solving holds: the Gram matrix, two of its size in float64, three of the weights' size."""
-        width, hidden = self.shape.intermediate_size, self.shape.hidden_size
-        return self.gram_bytes + _DOUBLE * (2 * width**2 + 3 * width * hidden)
+        """What solving holds: the Gram matrix, that of the survivors, three of the projection's size."""
+        width, features = self.shape.intermediate_size, self.shape.hidden_size
+        kept = round(width * (1 - RATIO))
+        return self.gram_bytes + _DOUBLE * (kept**2 + 3 * width * features)
 
     @property
     def least_memory_bytes(self) -> int:
         """The least that ``--memory`` takes, on a CPU."""
         lengths = [self.length] * self.documents
-        demands = scoring(self.index, lengths), refitting(self.index, lengths, RefitSettings(anchors=0))
-        return max(demand.least_bytes for demand in demands)
+        # A budget that is too small for anything is answered with the least.
+        least = refitting(self.index, lengths, RefitSettings(anchors=0), memory_bytes=1)
+        return max(scoring(self.index, lengths).least_bytes, least.least_bytes)
 
 
 def shares_of(row: Row) -> Shares:
