@@ -222,21 +222,6 @@ def test_queries_are_valid_for_an_independent_reader(engine: str) -> None:
                 parser.parse(query.expression.replace("$__rate_interval", "1m"))
 
 
-def test_a_dashboard_in_a_cluster_is_about_its_own_pods() -> None:
-    """And stands in one Grafana beside others."""
-    match = dashboard.of_pods("space", "my-expert")
-    pattern = re.search('pod=~"([^"]+)"', match)
-    assert pattern
-    own = ("my-expert-6d4cf56db6-x2z9q", "my-expert-predictor-7b9f8c-abcde")
-    others = ("my-expert-2-6d4cf56db6-x2z9q", "their-my-expert-6d4cf56db6-x2z9q", "my-expert-loader")
-    assert [bool(re.fullmatch(pattern[1], name)) for name in (*own, *others)] == [True] * 2 + [False] * 3
-    uids = {
-        json.loads(dashboard.json_bytes("onnx", "model", place))["uid"] for place in ("a/x", "b/x", "a/y")
-    }
-    assert len(uids) == 3
-    assert max(map(len, uids)) <= 40, "Grafana's longest"
-
-
 def test_compose_is_valid_for_an_independent_reader() -> None:
     compose_spec = pytest.importorskip("compose_spec")
     for format_name in FORMATS:
