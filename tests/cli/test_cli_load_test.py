@@ -131,12 +131,19 @@ def test_every_option_of_the_command_line_reaches_the_report(tmp_path: Path) -> 
     with http_endpoint() as endpoint:
         words = [
             "--endpoint", endpoint.url, "--rate", "200,300", "--rate", "400", "--requests", "2",
-            "--prompt-tokens", "9", "--output-tokens", "3", "--rounds", "2", "--warmup", "1",
-            "--prompts", str(prompts),
+            "--output-tokens", "3", "--rounds", "2", "--warmup", "1",
             "--model", "good", "--completions", "--stall", "20", "--request-limit", "30",
             "--goodput-ttft-ms", "5000", "--goodput-tpot-ms", "4000", "--seed", "5", "--json", str(report),
         ]  # fmt: skip
-        typer.main.get_command(app).main(words, standalone_mode=False)
+        call = typer.main.get_command(app).main
+        made, given = ["--prompt-tokens", "9"], ["--prompts", str(prompts)]
+        with pytest.raises(UserError, match="--prompts gives some"):
+            call([*words, *made, *given], standalone_mode=False)
+        call([*words, *given], standalone_mode=False)
+        assert load_json(EndpointReport, report).prompts == "mine.jsonl"
+        assert {body["prompt"] for body in endpoint.bodies[-8:]} == {"Why?"}
+        report.unlink()
+        call([*words, *made], standalone_mode=False)
     options = load_json(EndpointReport, report).options
     assert options == LoadOptions(
         rates=(200.0, 300.0, 400.0), requests=2, prompt_tokens=9, output_tokens=3, rounds=2, warmup=1,
