@@ -132,14 +132,21 @@ def test_every_option_of_the_command_line_reaches_the_report(tmp_path: Path) -> 
         words = [
             "--endpoint", endpoint.url, "--rate", "200,300", "--rate", "400", "--requests", "2",
             "--output-tokens", "3", "--rounds", "2", "--warmup", "1",
-            "--prompts", str(prompts),
             "--model", "good", "--completions", "--stall", "20", "--request-limit", "30",
             "--goodput-ttft-ms", "5000", "--goodput-tpot-ms", "4000", "--seed", "5", "--json", str(report),
         ]  # fmt: skip
-        typer.main.get_command(app).main(words, standalone_mode=False)
+        call = typer.main.get_command(app).main
+        made, given = ["--prompt-tokens", "9"], ["--prompts", str(prompts)]
+        with pytest.raises(UserError, match="--prompts gives some"):
+            call([*words, *made, *given], standalone_mode=False)
+        call([*words, *given], standalone_mode=False)
+        assert load_json(EndpointReport, report).prompts == "mine.jsonl"
+        assert {body["prompt"] for body in endpoint.bodies[-8:]} == {"Why?"}
+        report.unlink()
+        call([*words, *made], standalone_mode=False)
     options = load_json(EndpointReport, report).options
     assert options == LoadOptions(
-        rates=(200.0, 300.0, 400.0), requests=2, output_tokens=3, rounds=2, warmup=1,
+        rates=(200.0, 300.0, 400.0), requests=2, prompt_tokens=9, output_tokens=3, rounds=2, warmup=1,
         route="completions", model="good", stall_s=20.0, request_limit_s=30.0, goodput_ttft_ms=5000.0,
         goodput_tpot_ms=4000.0, seed=5,
     )  # fmt: skip
