@@ -93,7 +93,7 @@ def run(arguments: Sequence[str], process: SharedProcess | None = None) -> int:
     debug = _is_debugged(arguments)
     quieten(debug, "--log-json" in _general(arguments))
     own = process or SharedProcess(os.environ)
-    with _terminated_gently():
+    with _terminated_gently(is_last=process is not None and not own.is_alone):
         ended = own.end(_run(arguments, debug, own))
         if ended.text:
             show_error(ended.text, ended.exit_code)
@@ -138,8 +138,11 @@ def _run(arguments: Sequence[str], debug: bool, process: SharedProcess) -> Ended
 
 
 @contextmanager
-def _terminated_gently() -> Iterator[None]:
-    """Make SIGTERM an exception for as long as a command runs; only a main thread may."""
+def _terminated_gently(*, is_last: bool) -> Iterator[None]:
+    """Make SIGTERM an exception for as long as a command runs; only a main thread may.
+
+    With ``is_last`` the process ends with this command, and a signal that came, or is ignored, stays so.
+    """
 
     def on_terminate(_number: int, _frame: Any) -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough: a second would break the first's work
@@ -152,7 +155,7 @@ def _terminated_gently() -> Iterator[None]:
     try:
         yield
     finally:
-        if signal.getsignal(signal.SIGTERM) is on_terminate:  # else the process is ending already
+        if not is_last or signal.getsignal(signal.SIGTERM) is on_terminate:
             signal.signal(signal.SIGTERM, previous)
 
 

@@ -54,6 +54,11 @@ class SharedProcess:
         for stream in (1,) if debug else (1, 2):
             os.dup2(nowhere, stream)
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether no launcher started several processes."""
+        return self._launch() is None
+
     def admit(self, command: str | None) -> None:
         """Refuse commands that are one process' work.
 

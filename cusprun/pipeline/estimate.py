@@ -113,10 +113,10 @@ def estimate(
     wishes.check()
     if "block" in wishes.units:
         raise UserError("which blocks go is known when all are scored; leave out 'block', or do not estimate")
-    workspace = workspace_of(memory, workdir=workdir)
     where = open_device(device)
     chosen = as_expert(expert)
     wishes.check_dimensions(chosen)
+    workspace = workspace_of(memory, workdir=workdir)
     opened = _opened(model, chosen, where, workspace, progress)
     corpora = corpora_of(opened, chosen, progress)
     wishes.check_family(opened.index.family, wishes.chosen_rule)

@@ -63,10 +63,10 @@ def evaluate(
     if not names:
         raise UserError("no model was given; name at least one")
     _check_batch_size(batch_size, tasks)
-    workspace = workspace_of(memory, workdir=workdir)
     where = open_device(device)
     chosen = as_expert(expert)
     wanted = () if tasks is None else _ready_tasks(Path(tasks))
+    workspace = workspace_of(memory, workdir=workdir)
     opened = [open_model(name, progress, where, workspace) for name in names]
     _require_room(opened, wanted)
     corpora = build_corpora(chosen, opened[0].index.folder, progress)

@@ -131,13 +131,13 @@ def run(
         CusprunError: whatever a stage raises.
     """
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
-    workspace = workspace_of(memory, workdir=workdir)
     where = open_device(chosen.device if device is None else device)
     expert = as_expert(chosen.expert)
     chosen.wishes.check_dimensions(expert)
     if chosen.verify or chosen.bench:
         for spec in chosen.exports:
             RUNTIMES[spec.to].require()
+    workspace = workspace_of(memory, workdir=workdir)
     out = _OutFolder(_made(Path(chosen.out)))
     before = open_model(chosen.model, progress, where, workspace)
     for spec in chosen.exports:

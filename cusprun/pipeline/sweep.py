@@ -97,12 +97,11 @@ def sweep(
     if speed is not None:
         speed.check()
     require_runtimes(specs)
-    workspace = workspace_of(memory, workdir=workdir)
     where = open_device(device)
     folder = CurveFolder.checked(expand_home(out))
     chosen = as_expert(expert)
     wishes.check_dimensions(chosen)
-    opened = open_model(model, progress, where, workspace)
+    opened = open_model(model, progress, where, workspace_of(memory, workdir=workdir))
     wishes.check_family(opened.index.family, wishes.chosen_rule)
     corpora = corpora_of(opened, chosen, progress)
     sets = measured_sets(corpora, chosen)

@@ -161,11 +161,13 @@ def test_single_neurons_are_the_work_of_one_process(work) -> None:
 
 
 def test_commands_of_one_process_are_refused_in_several(work, cusprun, monkeypatch) -> None:
+    before = signal.getsignal(signal.SIGTERM)
     for name, value in launched(0, 2, 29500).items():
         monkeypatch.setenv(name, value)
     outcome = cusprun("plan", "model")
     assert outcome.code == 2
     assert "`cusprun plan` is work for one process, and the launcher started 2" in outcome.err
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_contradictory_launcher_is_one_line(work, cusprun, monkeypatch) -> None:
