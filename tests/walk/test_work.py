@@ -145,7 +145,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     ),
     "the marker names too few batches": lambda folder: without_checks(folder / MARKER),
     "the marker names a file elsewhere": lambda folder: (folder / MARKER).write_text(
-        (folder / MARKER).read_text().replace('"file-1"', '"../work/file-1"')
+        (folder / MARKER).read_text().replace('"file-1"', '"../elsewhere/file-1"')
     ),
 }
 
