@@ -106,8 +106,10 @@ def _gguf_of_package(name: str, progress: Progress) -> Path:
     """Return the one GGUF file of an installed package.
 
     A package is looked at and not imported, unless it holds no GGUF file and defines ``assemble``: such a
-    package comes with its file in parts, and only its own function knows how to join them.
+    package comes with its file in parts, and only its own function knows how to join them. A name as pip
+    writes it, with hyphens, does as well.
     """
+    name = name.replace("-", "_")
     # A dotted name would import the parent package, and with it run its code.
     spec = find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:

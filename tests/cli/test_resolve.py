@@ -39,6 +39,7 @@ def test_a_package_is_looked_into_and_not_imported(package) -> None:
     (package / "data" / "m.gguf").write_bytes(b"GGUF")
     found = locate("package:holds_a_model")
     assert (found.path, found.source) == (package / "data" / "m.gguf", "package:holds_a_model")
+    assert locate("package:holds-a-model").path == found.path
     assert "holds_a_model" not in sys.modules
 
 
