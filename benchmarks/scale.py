@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import scale_dtype
 import scale_estimate
 import scale_kills
 import scale_linear
@@ -36,6 +37,7 @@ PARTS: Mapping[str, Part] = {
     for title, module in (
         ("Memory", scale_memory),
         ("The walk against a plain forward pass", scale_walk),
+        ("Products in bfloat16", scale_dtype),
         ("Growth", scale_linear),
         ("Several processes", scale_processes),
         ("Kills", scale_kills),

@@ -14,7 +14,7 @@ from cusprun.paths import expand_home
 from cusprun.pipeline.samples import DEFAULT_SAMPLES, MAX_SAMPLES
 from cusprun.pipeline.wishes import BUDGETS, DEFAULT_RATIO, PruneWishes
 from cusprun.records import DIMENSIONS, REFIT_TARGETS, UNITS
-from cusprun.walk.device import DEFAULT_DEVICE, check_device
+from cusprun.walk.device import DEFAULT_DEVICE, DEFAULT_DTYPE, check_device, check_dtype
 
 if TYPE_CHECKING:
     from exporters.registry import Format
@@ -44,7 +44,8 @@ class BenchSpec:
 class Recipe:
     """A recipe as it is run; ``expert`` and ``out`` are absolute, ``bench`` is None when nothing is measured.
 
-    ``wishes`` say how to prune. ``model`` is a path, a hub id or ``package:NAME``; ``device`` is to run it.
+    ``wishes`` say how to prune. ``model`` is a path, a hub id or ``package:NAME``; ``device`` is to run it,
+    and ``dtype`` what its linear layers multiply in while it is scored and refit.
     ``samples`` held-out prompts are answered by original and expert, for the report.
     """
 
@@ -57,6 +58,7 @@ class Recipe:
     evaluate: bool
     bench: BenchSpec | None
     device: str = DEFAULT_DEVICE
+    dtype: str = DEFAULT_DTYPE
     samples: int = DEFAULT_SAMPLES
 
 
@@ -82,6 +84,7 @@ def load_recipe(path: Path) -> Recipe:
         evaluate=root.take("eval", bool, True),
         bench=_bench(root, exports),
         device=root.take("device", str, DEFAULT_DEVICE, _valid(check_device)),
+        dtype=root.take("dtype", str, DEFAULT_DTYPE, _valid(check_dtype)),
         samples=root.take("samples", int, DEFAULT_SAMPLES, _sample_count),
     )
     root.finish()
@@ -106,6 +109,7 @@ def recipe_tree(recipe: Recipe) -> dict[str, Any]:
         "eval": (recipe.evaluate, True),
         "bench": (False if bench is None else _bench_tree(bench), {}),
         "device": (recipe.device, DEFAULT_DEVICE),
+        "dtype": (recipe.dtype, DEFAULT_DTYPE),
         "samples": (recipe.samples, DEFAULT_SAMPLES),
     }
     return {name: value for name, (value, default) in said.items() if value != default}

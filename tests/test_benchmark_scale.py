@@ -126,7 +126,7 @@ def test_the_exponent_of_a_power_law_is_found(module: Any) -> None:
 
 @pytest.mark.slow
 def test_the_benchmark_runs(tmp_path: Path) -> None:
-    asked = {"walk": 1, "linear": 3, "kills": 1, "memory/score": 1}
+    asked = {"walk": 1, "linear": 3, "kills": 1, "dtype": 1, "memory/score": 1}
     command = [sys.executable, "benchmarks/scale.py", "--smoke", "--scratch", str(tmp_path)]
     done = subprocess.run(
         [*command, "--only", ",".join(asked)],
@@ -144,4 +144,4 @@ def test_the_benchmark_runs(tmp_path: Path) -> None:
     kills = next(iter(tables["kills"]["rows"].values()))
     assert kills["identical"] == kills["killed"] > 0
     markdown = (tmp_path / "scale.md").read_text("utf-8")
-    assert all(f"**{title}" in markdown for title in ("Memory", "The walk", "Growth", "Kills"))
+    assert all(f"**{title}" in markdown for title in ("Memory", "The walk", "Products", "Growth", "Kills"))

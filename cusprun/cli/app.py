@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         # A terminal that cannot show a letter of a table is no reason to lose the table.
         sys.stdout.reconfigure(errors="replace")
     given = sys.argv[1:] if arguments is None else arguments
-    process = SharedProcess(os.environ)
+    process = SharedProcess(os.environ, given)
     process.silence(_is_debugged(given))
     process.leave(run(given, process))
 
@@ -92,7 +92,7 @@ def run(arguments: Sequence[str], process: SharedProcess | None = None) -> int:
     """Run the command line, in ``process`` if there is one; returns the exit code."""
     debug = _is_debugged(arguments)
     quieten(debug, "--log-json" in _general(arguments))
-    own = process or SharedProcess(os.environ)
+    own = process or SharedProcess(os.environ, arguments)
     with _terminated_gently(is_last=process is not None and not own.is_alone):
         ended = own.end(_run(arguments, debug, own))
         if ended.text:

@@ -11,6 +11,7 @@ import typer
 from cusprun.cli.console import shown_progress, stdout
 from cusprun.cli.options import (
     DeviceName,
+    DtypeName,
     ExpertFile,
     JsonFile,
     Memory,
@@ -28,7 +29,7 @@ from cusprun.cli.options import (
     split_list,
     write_json,
 )
-from cusprun.walk.device import DEFAULT_DEVICE
+from cusprun.walk.device import DEFAULT_DEVICE, DEFAULT_DTYPE
 
 if TYPE_CHECKING:
     from cusprun.pipeline.frontier import SpeedOptions
@@ -102,6 +103,7 @@ def sweep(
     ] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep every expert and export in the folder.")] = False,
     device: DeviceName = DEFAULT_DEVICE,
+    dtype: DtypeName = DEFAULT_DTYPE,
     memory: Memory = None,
     workdir: WorkDir = None,
 ) -> None:
@@ -127,6 +129,7 @@ def sweep(
         speed=options,
         keep=keep,
         device=device,
+        dtype=dtype,
         memory=memory,
         workdir=workdir,
         progress=shown_progress(),

@@ -11,10 +11,12 @@ from cusprun.cli.console import shown_progress, stdout
 from cusprun.cli.estimates import refuse_several, refuse_unknowable, show_estimate
 from cusprun.cli.options import (
     DeviceName,
+    DtypeName,
     ExpertFile,
     JsonFile,
     Memory,
     Model,
+    Processes,
     Ratio,
     Refit,
     RefitTarget,
@@ -33,9 +35,10 @@ from cusprun.cli.options import (
     split_list,
     write_json,
 )
+from cusprun.cli.several import share_work
 from cusprun.cli.shared import ranks_of
 from cusprun.errors import UserError
-from cusprun.walk.device import DEFAULT_DEVICE
+from cusprun.walk.device import DEFAULT_DEVICE, DEFAULT_DTYPE
 
 ScorePaths = Annotated[
     list[str] | None,
@@ -65,18 +68,22 @@ def score(
         str, typer.Option(help="unit (FFN channels, heads, blocks) or neuron (rows and columns).")
     ] = "unit",
     device: DeviceName = DEFAULT_DEVICE,
+    dtype: DtypeName = DEFAULT_DTYPE,
     memory: Memory = None,
     workdir: WorkDir = None,
+    processes: Processes = 1,
 ) -> None:
     """Score every unit of a model, or every single neuron, on an expert's documents."""
     from cusprun.pipeline.stages import score as run
 
+    share_work(context, processes)
     made = run(
         model,
         expert,
         out,
         granularity=granularity,
         device=device,
+        dtype=dtype,
         memory=memory,
         workdir=workdir,
         ranks=ranks_of(context),
@@ -157,8 +164,10 @@ def prune(
         str | None, typer.Option(help="Most bytes in one weight file, like 2GB.", show_default=False)
     ] = None,
     device: DeviceName = DEFAULT_DEVICE,
+    dtype: DtypeName = DEFAULT_DTYPE,
     memory: Memory = None,
     workdir: WorkDir = None,
+    processes: Processes = 1,
     estimate: Annotated[
         bool,
         typer.Option("--estimate", help="Say what it will take of time, memory and disk; write nothing."),
@@ -180,6 +189,7 @@ def prune(
                 "--plan": plan_file,
                 "--shard-size": shard_size,
                 "--granularity": None if granularity == "unit" else granularity,
+                "--processes": None if processes == 1 else processes,
             }
         )
         show_estimate(
@@ -195,10 +205,12 @@ def prune(
             dimension_weights=parse_weights(weight),
             refit_target=refit_target,
             device=device,
+            dtype=dtype,
             memory=memory,
             workdir=workdir,
         )
         return
+    share_work(context, processes)
     if out is None:
         raise UserError("prune writes a folder; name it with --out")
     if json is not None:
@@ -222,6 +234,7 @@ def prune(
         refit_target=refit_target,
         shard_bytes=parse_size(shard_size),
         device=device,
+        dtype=dtype,
         memory=memory,
         workdir=workdir,
         ranks=ranks_of(context),

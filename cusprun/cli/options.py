@@ -95,6 +95,14 @@ DeviceName = Annotated[
         help="Where models run: cpu, cuda, cuda:N, or auto (CUDA where it works, else the CPU).",
     ),
 ]
+DtypeName = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        help="What linear layers multiply in while a model is scored and refit: float32, or bfloat16, which "
+        "is faster where the device has it and rounds to 8 bits.",
+    ),
+]
 Memory = Annotated[
     str | None,
     typer.Option(
@@ -110,6 +118,12 @@ WorkDir = Annotated[
         help="Folder for hidden states and unfinished work, from which the same command goes on after a "
         "crash; the cache unless given.",
         show_default=False,
+    ),
+]
+Processes = Annotated[
+    int,
+    typer.Option(
+        help="Processes of this machine that share the documents, with --device cuda one for each GPU.",
     ),
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
@@ -36,9 +36,13 @@ class Ended:
 
 
 class SharedProcess:
-    """This process and the others of its run, if a launcher started several."""
+    """This process and the others of its run, if a launcher started several.
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
+    ``arguments`` are those of the command line.
+    """
+
+    def __init__(self, environment: Mapping[str, str], arguments: Sequence[str] = ()) -> None:
+        self.arguments = tuple(arguments)
         self._environment = environment
         self._run: SharedRun | None = None
         self._finished = threading.Event()
@@ -58,6 +62,12 @@ class SharedProcess:
     def is_alone(self) -> bool:
         """Whether no launcher started several processes."""
         return self._launch() is None
+
+    @property
+    def size(self) -> int:
+        """How many processes a launcher started; 1 where there was none."""
+        launch = self._launch()
+        return 1 if launch is None else launch.size
 
     def admit(self, command: str | None) -> None:
         """Refuse commands that are one process' work.

@@ -107,7 +107,7 @@ def _generated(
         [expert.seed, expert.max_tokens],
         [prompt.seed for prompt in prompts],
         __version__,
-        *opened.device.key,
+        *opened.device.in_float32.key,
     )
 
     def make(path: Path) -> None:

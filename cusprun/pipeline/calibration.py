@@ -122,7 +122,7 @@ def _importance(
     from cusprun.walk.importance import importance_of
 
     digest = model_hash(index)
-    name = key_of("importance", digest, documents, __version__, *device.key)
+    name = key_of("importance", digest, documents, __version__, *device.in_float32.key)
 
     def make(path: Path) -> None:
         means = importance_of(index, documents, progress, key=digest, device=device, workspace=workspace)

@@ -62,7 +62,7 @@ def blank_report(
         units=units,
         refit=wishes.refit,
         dimension_weights=dict(wishes.dimension_weights),
-        device=opened.device.kind,
+        device=opened.device.arithmetic,
         refit_target=target,
         inputs_hash=key_of(*inputs),
         original=CurvePoint(0.0, 0.0, 0.0, opened.index.shape, 0, 0, {}, {}),

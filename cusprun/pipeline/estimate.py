@@ -20,7 +20,7 @@ from cusprun.pipeline.workspaces import pruning_demands, require_pruning_memory,
 from cusprun.progress import SILENT, Progress
 from cusprun.records import Corpora, Expert, Plan, TokenizedDocument
 from cusprun.resolve import StrPath, resolve
-from cusprun.walk.device import DEFAULT_DEVICE, Device, open_device
+from cusprun.walk.device import DEFAULT_DEVICE, DEFAULT_DTYPE, Device, open_device
 from cusprun.walk.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ def estimate(
     dimension_weights: Mapping[str, float] | None = None,
     refit_target: str | None = None,
     device: str = DEFAULT_DEVICE,
+    dtype: str = DEFAULT_DTYPE,
     memory: int | str | None = None,
     workdir: StrPath | None = None,
     start_seconds: float = 0.0,
@@ -113,7 +114,7 @@ def estimate(
     wishes.check()
     if "block" in wishes.units:
         raise UserError("which blocks go is known when all are scored; leave out 'block', or do not estimate")
-    where = open_device(device)
+    where = open_device(device, dtype=dtype)
     chosen = as_expert(expert)
     wishes.check_dimensions(chosen)
     workspace = workspace_of(memory, workdir=workdir)
@@ -284,7 +285,9 @@ class _Trial:
             settings = replace(settings, target="residual")
         memory = self.opened.workspace.memory_bytes
         lengths = [len(document.token_ids) for document in documents]
-        batching = batching_within(memory, refitting(view, lengths, settings, memory))
+        batching = batching_within(
+            memory, refitting(view, lengths, settings, memory, self.opened.device.dtype)
+        )
         folder.mkdir()
         write_config(folder, expert_config(view, plan, compensating_flags(view, plan, settings)))
         write_weights(view, plan, folder, documents, settings=settings, batching=batching, **self._options())

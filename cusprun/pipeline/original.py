@@ -40,7 +40,7 @@ def original_likelihoods(
     from cusprun.quality.likelihood import DocumentLikelihood, measure_likelihood
 
     tokens = [document.token_ids for document in documents]
-    name = key_of("likelihood", opened.model_hash, tokens, __version__, *opened.device.key)
+    name = key_of("likelihood", opened.model_hash, tokens, __version__, *opened.device.in_float32.key)
 
     def make(path: Path) -> None:
         found = measure_likelihood(

@@ -131,7 +131,7 @@ def run(
         CusprunError: whatever a stage raises.
     """
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
-    where = open_device(chosen.device if device is None else device)
+    where = open_device(chosen.device if device is None else device, dtype=chosen.dtype)
     expert = as_expert(chosen.expert)
     chosen.wishes.check_dimensions(expert)
     if chosen.verify or chosen.bench:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cusprun.errors import UserError
 from cusprun.records import Manifest, Plan
+from cusprun.walk.device import Device
 from cusprun.walk.ranks import Ranks
 
 if TYPE_CHECKING:
     from cusprun.pipeline.opening import OpenModel
+
+log = logging.getLogger(__name__)
 
 WritePlan = Callable[[Plan, Path], Manifest]
 
@@ -28,11 +32,22 @@ def require_same_wishes(opened: OpenModel, wishes: object) -> None:
     opened.workspace.ranks.require_same(
         {
             "model": opened.model_hash,
-            "device": opened.device.kind,
+            "device": opened.device.arithmetic,
             "memory": str(opened.workspace.memory_bytes),
             **{name.replace("_", " "): str(value) for name, value in plain.items()},
         }
     )
+
+
+def tell_of_idle_gpus(device: Device, ranks: Ranks) -> None:
+    """Say where one GPU of several is used, and how all would be."""
+    if device.kind != "cuda" or ranks.size > 1:
+        return
+    import torch
+
+    count = torch.cuda.device_count()
+    if count > 1:
+        log.info("note: %s is one of %d GPUs here; --processes %d shares the work", device.name, count, count)
 
 
 def refuse_shared_neurons(granularity: str, ranks: Ranks) -> None:

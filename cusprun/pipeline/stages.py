@@ -11,13 +11,18 @@ from typing import TYPE_CHECKING
 from cusprun.cache import fresh_output
 from cusprun.errors import CorpusError, PlanError, require_known
 from cusprun.pipeline.opening import OpenModel, as_expert, corpora_of, open_model
-from cusprun.pipeline.shared import refuse_shared_neurons, require_same_wishes, written_together
+from cusprun.pipeline.shared import (
+    refuse_shared_neurons,
+    require_same_wishes,
+    tell_of_idle_gpus,
+    written_together,
+)
 from cusprun.pipeline.wishes import DEFAULT_RATIO, PlanWishes, PruneWishes, stores_of, texts_of
 from cusprun.pipeline.workspaces import require_pruning_memory, require_units, workspace_of
 from cusprun.progress import SILENT, Progress
 from cusprun.records import GRANULARITIES, Corpora, Expert, Manifest, NeuronManifest, Plan
 from cusprun.resolve import StrPath, as_paths
-from cusprun.walk.device import DEFAULT_DEVICE, open_device
+from cusprun.walk.device import DEFAULT_DEVICE, DEFAULT_DTYPE, open_device
 from cusprun.walk.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
@@ -34,6 +39,7 @@ def score(
     *,
     granularity: str = "unit",
     device: str = DEFAULT_DEVICE,
+    dtype: str = DEFAULT_DTYPE,
     ranks: Ranks = ALONE,
     memory: int | str | None = None,
     workdir: StrPath | None = None,
@@ -43,14 +49,15 @@ def score(
 
     With ``granularity="neuron"`` the store holds single rows of Q, K and V, columns of O and FFN channels. A
     store of the same model and documents in the cache is copied, and nothing is computed again. ``device`` is
-    ``cpu``, ``cuda``, ``cuda:N`` or ``auto``, which is CUDA where it works. ``memory``, bytes or a text like
+    ``cpu``, ``cuda``, ``cuda:N`` or ``auto``, which is CUDA where it works, and ``dtype`` what linear layers
+    multiply in there, ``float32`` or ``bfloat16`` (see ``docs/devices.md``). ``memory``, bytes or a text like
     ``4GB``, is what the work may take beside files that the system holds in memory as long as it has room;
     batches are made to fit it. ``workdir`` is the folder for hidden states and unfinished work, from which
     the same call goes on after a crash: the cache when not given. ``ranks`` are processes that share the
     documents (:class:`cusprun.walk.shared_run.SharedRun`): each calls this, and the first writes.
 
     Raises:
-        DeviceError: the device is unknown, does not work or has too little memory.
+        DeviceError: the device or dtype is unknown, or the device does not work or has too little memory.
         UserError: an unknown granularity, ranks that differ in what they are given, or a memory that is too
             little; the text says what would do.
         RankError: another rank failed or was lost.
@@ -65,7 +72,8 @@ def score(
     require_known(granularity, GRANULARITIES, "granularity")
     require_units(memory, granularity)
     refuse_shared_neurons(granularity, ranks)
-    where = open_device(device, ranks.local_rank)
+    where = open_device(device, ranks.local_rank, dtype)
+    tell_of_idle_gpus(where, ranks)
     target = ranks.from_first(lambda: fresh_output(out))
     chosen = as_expert(expert)
     opened = open_model(model, progress, where, workspace_of(memory, ranks, workdir))
@@ -151,6 +159,7 @@ def prune(
     refit_target: str | None = None,
     shard_bytes: int | None = None,
     device: str = DEFAULT_DEVICE,
+    dtype: str = DEFAULT_DTYPE,
     ranks: Ranks = ALONE,
     memory: int | str | None = None,
     workdir: StrPath | None = None,
@@ -168,15 +177,15 @@ def prune(
     ``refit_target`` what they aim at: ``output`` (the default), ``residual`` or ``auto`` (see
     ``docs/method.md``). With
     ``granularity="neuron"`` single neurons of every matrix are zeroed by the rule (``paper`` unless given) in
-    ``ratio``, and every shape stays. ``shard_bytes`` bounds a weight file (2 GB). ``device``, ``memory``,
-    ``workdir`` and ``ranks`` are those of :func:`score`.
+    ``ratio``, and every shape stays. ``shard_bytes`` bounds a weight file (2 GB). ``device``, ``dtype``,
+    ``memory``, ``workdir`` and ``ranks`` are those of :func:`score`.
 
     However it is interrupted, called again it goes on from the last finished layer, and writes the same bytes
     as without an interruption; but for ``created`` and ``seconds`` of the manifest, where the environment
     does not set ``SOURCE_DATE_EPOCH`` (see :mod:`cusprun.clock`).
 
     Raises:
-        DeviceError: the device is unknown, does not work or has too little memory.
+        DeviceError: the device or dtype is unknown, or the device does not work or has too little memory.
         ConfigError: the expert file has faults.
         CorpusError: documents are missing, unreadable or too few for the rule, or none is held out to
             measure ``max_loss`` on.
@@ -209,7 +218,8 @@ def prune(
     )
     wishes.check()
     require_units(memory, granularity)
-    where = open_device(device, ranks.local_rank)
+    where = open_device(device, ranks.local_rank, dtype)
+    tell_of_idle_gpus(where, ranks)
     chosen = as_expert(expert)
     wishes.check_dimensions(chosen)
     opened = open_model(model, progress, where, workspace_of(memory, ranks, workdir))

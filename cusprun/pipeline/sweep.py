@@ -30,7 +30,7 @@ from cusprun.pipeline.workspaces import require_pruning_memory, workspace_of
 from cusprun.progress import SILENT, Progress
 from cusprun.records import Corpora, Expert, Plan, TokenizedDocument
 from cusprun.resolve import StrPath
-from cusprun.walk.device import DEFAULT_DEVICE, open_device
+from cusprun.walk.device import DEFAULT_DEVICE, DEFAULT_DTYPE, open_device
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ def sweep(
     measure: MeasureSpeed = measure_speed,
     keep: bool = False,
     device: str = DEFAULT_DEVICE,
+    dtype: str = DEFAULT_DTYPE,
     memory: int | str | None = None,
     workdir: StrPath | None = None,
     progress: Progress = SILENT,
@@ -97,7 +98,7 @@ def sweep(
     if speed is not None:
         speed.check()
     require_runtimes(specs)
-    where = open_device(device)
+    where = open_device(device, dtype=dtype)
     folder = CurveFolder.checked(expand_home(out))
     chosen = as_expert(expert)
     wishes.check_dimensions(chosen)

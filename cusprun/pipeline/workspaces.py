@@ -129,10 +129,10 @@ def pruning_demands(opened: OpenModel, corpora: Corpora, settings: RefitSettings
     from cusprun.pruning.refit_memory import refitting
     from cusprun.walk.budget import measuring, scoring
 
-    index = opened.index
+    index, dtype = opened.index, opened.device.dtype
     lengths = [len(document.token_ids) for document in corpora.calibration]
     held_out = [len(document.token_ids) for document in corpora.held_out]
-    demands = [scoring(index, lengths)] if lengths else []
+    demands = [scoring(index, lengths, dtype)] if lengths else []
     if lengths and settings.mode != "none":
-        demands.append(refitting(index, lengths, settings, opened.workspace.memory_bytes))
+        demands.append(refitting(index, lengths, settings, opened.workspace.memory_bytes, dtype))
     return [*demands, measuring([index, index], held_out)] if held_out else demands

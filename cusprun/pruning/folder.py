@@ -109,7 +109,7 @@ def write_expert(
     ranks = workspace.ranks
     running: dict[str, Any] = {"device": device, "workspace": workspace, "progress": progress}
     lengths = [len(document.token_ids) for document in corpora.calibration]
-    demand = refitting(index, lengths, settings, workspace.memory_bytes)
+    demand = refitting(index, lengths, settings, workspace.memory_bytes, device.dtype)
 
     def work(batching: Batching) -> Manifest:
         write = partial(
@@ -295,7 +295,7 @@ def _manifest(
 
 def device_version(device: Device) -> dict[str, str]:
     """Return what a manifest says of the device: nothing of the CPU."""
-    return {} if device.is_host else {"device": device.label}
+    return {"device": device.label} if device.key else {}
 
 
 def held_out_quality(quality: Sequence[DocumentLikelihood]) -> dict[str, float]:

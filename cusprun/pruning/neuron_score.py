@@ -99,8 +99,9 @@ def _score_block(
     modules = index.family.modules
     put, fetch = shell.device.put, shell.device.fetch
     block = shell.load_block(layer)
-    attention_weight = block.get_parameter(f"{modules.attention_output}.weight")
-    column_norms = torch.linalg.vector_norm(block.get_parameter(f"{modules.mlp_output}.weight"), dim=0)
+    attention_weight = block.get_parameter(f"{modules.attention_output}.weight").float()
+    mlp_weight = block.get_parameter(f"{modules.mlp_output}.weight").float()
+    column_norms = torch.linalg.vector_norm(mlp_weight, dim=0)
     for kind, squares in neuron_squares(block_tensors(index, layer, block), shape).items():
         arrays[f"{kind}.weight_squares"] = fetch(squares)
     with (

@@ -9,6 +9,7 @@ from cusprun.checkpoint.index import CheckpointIndex
 from cusprun.families import axis_length
 from cusprun.pruning.refit import RefitSettings
 from cusprun.walk.budget import FLOAT, MARGIN, Demand, block_bytes, kept_bytes, token_bytes
+from cusprun.walk.device import DEFAULT_DTYPE
 
 _DOUBLE = 8
 _SHARE = 12 / 64
@@ -16,13 +17,17 @@ _SHARE = 12 / 64
 
 
 def refitting(
-    index: CheckpointIndex, lengths: Sequence[int], settings: RefitSettings, memory_bytes: int | None = None
+    index: CheckpointIndex,
+    lengths: Sequence[int],
+    settings: RefitSettings,
+    memory_bytes: int | None = None,
+    dtype: str = DEFAULT_DTYPE,
 ) -> Demand:
-    """Return what the refit takes within a bound on memory, or without.
+    """Return what the refit takes within a bound on memory, or without, with products in ``dtype``.
 
     ``lengths`` are those of the documents, in tokens.
     """
-    fixed = {**kept_bytes(index, lengths), "one block in float32": block_bytes(index)}
+    fixed = {**kept_bytes(index, lengths), f"one block in {dtype}": block_bytes(index, dtype)}
     demand = Demand("the refit", fixed, token_bytes(index, lengths), max(lengths, default=1))
     solving = _solving_bytes(index, lengths, settings)
     if memory_bytes is not None:

@@ -24,6 +24,7 @@ from cusprun.pruning.refit import RefitSettings, mean_bias
 from cusprun.pruning.refit_documents import TokenWeights, anchor_documents, token_weights
 from cusprun.pruning.slicing import kept_positions
 from cusprun.records import LayerPlan, LayerRefit, TokenizedDocument
+from cusprun.walk.arithmetic import Linear, linear_of
 from cusprun.walk.batches import Batch, make_batches
 from cusprun.walk.device import CPU, Device
 from cusprun.walk.fallback import DEFAULT_BATCHING, Batching, on_device_or_host
@@ -164,7 +165,7 @@ class RefitWalk:
         """
         index = self._shell.index
         own = block.get_submodule(sublayer.projection)
-        weight: torch.Tensor = own.get_parameter("weight")
+        apply: Linear = own
         bias: torch.Tensor | None = getattr(own, "bias", None)
         keep = kept_positions(sublayer.axis, result.kept, index.shape)
         inputs = self._collect(block, sublayer, attention, measured=keep is not None)
@@ -178,14 +179,13 @@ class RefitWalk:
                     keep = self._chosen(stored, inputs, len(keep))
                     result = replace(result, kept=replace(result.kept, ffn_channels=Indices(keep)))
                 result, weight = self._refitted(result, layer, sublayer.projection, stored, inputs, keep)
+            apply = linear_of(weight, bias, self._shell.products)
         chosen = None if keep is None else self._device.put(torch.tensor(keep))
 
         def project(position: int) -> torch.Tensor:
             channels = sublayer.channels.read(position)
             with torch.inference_mode():
-                return nn.functional.linear(
-                    channels if chosen is None else channels[..., chosen], weight, bias
-                )
+                return apply(channels if chosen is None else channels[..., chosen])
 
         return project, result
 

@@ -71,7 +71,7 @@ def score_model(
             workspace.ranks.from_first(lambda: scored.write(out))
 
     lengths = [len(document.token_ids) for document in corpora.calibration]
-    batching = batching_within(workspace.memory_bytes, scoring(index, lengths))
+    batching = batching_within(workspace.memory_bytes, scoring(index, lengths, device.dtype))
     with_smaller_batches(device, work, batching, workspace.ranks)
     return out
 
@@ -88,8 +88,8 @@ def _score_block(
     put, fetch = shell.device.put, shell.device.fetch
     block = shell.load_block(layer)
     weights = {
-        "attention": block.get_parameter(f"{modules.attention_output}.weight"),
-        "mlp": block.get_parameter(f"{modules.mlp_output}.weight"),
+        "attention": block.get_parameter(f"{modules.attention_output}.weight").float(),
+        "mlp": block.get_parameter(f"{modules.mlp_output}.weight").float(),
     }
     for name, weight in weights.items():
         arrays[f"{name}.column_squares"] = fetch(squares_along(weight, 1))

@@ -168,7 +168,7 @@ def store_info(
         cusprun_version=__version__,
         granularity=granularity,
         tokenizer_hash=tokenizer_hash(index.folder),
-        device=device.kind,
+        device=device.arithmetic,
     )
 
 

@@ -151,7 +151,7 @@ def _run_blocks(
     advance: Advance,
 ) -> DecoderShell:
     """Leave the last block's outputs in ``hidden``, which is behind ``done`` blocks (or more than all)."""
-    shell = DecoderShell(index, hidden.device)
+    shell = DecoderShell(index, hidden.device.in_float32)
     if not done:
         shell.embed_into(hidden.next, batches)
         hidden.turn()

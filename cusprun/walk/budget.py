@@ -14,6 +14,7 @@ from cusprun.checkpoint.index import CheckpointIndex
 from cusprun.errors import UserError
 from cusprun.families import axis_length
 from cusprun.walk.batches import DEFAULT_BATCH_TOKENS
+from cusprun.walk.device import DEFAULT_DTYPE
 from cusprun.walk.fallback import DEFAULT_BATCHING, Batching
 
 BASE_BYTES = 420_000_000
@@ -106,8 +107,8 @@ def batching_within(memory_bytes: int | None, demand: Demand) -> Batching:
     return Batching(demand.batch_tokens(memory_bytes))
 
 
-def scoring(index: CheckpointIndex, lengths: Sequence[int]) -> Demand:
-    """Return what scoring documents of some lengths, in tokens, takes."""
+def scoring(index: CheckpointIndex, lengths: Sequence[int], dtype: str = DEFAULT_DTYPE) -> Demand:
+    """Return what scoring documents of some lengths, in tokens, takes with products in ``dtype``."""
     shape = index.shape
     width = shape.queries_per_group * shape.head_dim
     product = shape.num_key_value_heads * width * width
@@ -115,7 +116,7 @@ def scoring(index: CheckpointIndex, lengths: Sequence[int]) -> Demand:
     together = min(max(product, _PRODUCT_ELEMENTS), len(lengths) * product)
     fixed = {
         **kept_bytes(index, lengths),
-        "one block in float32": block_bytes(index),
+        f"one block in {dtype}": block_bytes(index, dtype),
         "the products of heads": FLOAT * (product + together),
     }
     return Demand("scoring", fixed, token_bytes(index, lengths), max(lengths, default=1))
@@ -149,13 +150,17 @@ def kept_bytes(index: CheckpointIndex, lengths: Sequence[int]) -> dict[str, int]
     }
 
 
-def block_bytes(index: CheckpointIndex) -> int:
-    """Return the bytes of the largest decoder block in float32."""
+def block_bytes(index: CheckpointIndex, dtype: str = DEFAULT_DTYPE) -> int:
+    """Return the bytes of the largest decoder block whose linear layers are in ``dtype``.
+
+    In another type than float32 both last projections exist in float32 beside it, to be looked at.
+    """
     layers = range(index.shape.num_hidden_layers)
     specs = ([spec.name for spec in index.family.layer_specs(layer)] for layer in layers)
-    return FLOAT * max(
-        sum(index.tensors[name].num_elements for name in names if name in index.tensors) for names in specs
-    )
+    sizes = [[index.tensors[name].num_elements for name in names if name in index.tensors] for names in specs]
+    if dtype == DEFAULT_DTYPE:
+        return FLOAT * max(map(sum, sizes))
+    return max(FLOAT // 2 * sum(found) + FLOAT * sum(sorted(found)[-2:]) for found in sizes)
 
 
 def token_bytes(index: CheckpointIndex, lengths: Sequence[int]) -> int:

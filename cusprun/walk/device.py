@@ -6,19 +6,25 @@ Importing this costs no torch, so that a device can be named, and a misspelt one
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from cusprun.errors import DeviceError, nearest, require_kind
+from cusprun.errors import DeviceError, nearest, require_kind, require_known
 
 if TYPE_CHECKING:
     import torch
 
+log = logging.getLogger(__name__)
+
 DEFAULT_DEVICE = "cpu"
 """The same command then gives the same bytes with and without a GPU, and takes no GPU unasked."""
+
+DTYPES = ("float32", "bfloat16")
+DEFAULT_DTYPE = "float32"
 
 _NAMES = ("auto", "cpu", "cuda")
 _PATTERN = re.compile(r"auto|cpu|cuda(:\d{1,4})?")
@@ -26,9 +32,13 @@ _PATTERN = re.compile(r"auto|cpu|cuda(:\d{1,4})?")
 
 @dataclass(frozen=True)
 class Device:
-    """A device by torch's name for it: ``cpu`` or ``cuda:N``."""
+    """A device by torch's name for it, ``cpu`` or ``cuda:N``, and how blocks are computed there.
+
+    ``dtype`` is the type in which the linear layers of scoring and refit multiply, one of ``DTYPES``.
+    """
 
     name: str = "cpu"
+    dtype: str = DEFAULT_DTYPE
 
     @property
     def is_host(self) -> bool:
@@ -41,17 +51,29 @@ class Device:
         return self.name.partition(":")[0]
 
     @property
+    def in_float32(self) -> Device:
+        """The same device for what is to be computed exactly: likelihoods and importances."""
+        return replace(self, dtype=DEFAULT_DTYPE)
+
+    @property
+    def arithmetic(self) -> str:
+        """The kind, and the type of products where it is not float32: ``cpu``, ``cuda, bfloat16``."""
+        return self.kind if self.dtype == DEFAULT_DTYPE else f"{self.kind}, {self.dtype}"
+
+    @property
     def key(self) -> tuple[str, ...]:
-        """What the key of a cached result says of the device: nothing for the CPU, else its kind.
+        """What the key of a cached result says of the device: nothing for the CPU, else what it computes in.
 
         Sums are added in another order there, so results agree to rounding and not bit by bit. One kind's
         devices are taken as alike, as CPUs are, whose results also depend on their vector units.
         """
-        return () if self.is_host else (self.kind,)
+        return () if self.arithmetic == DEFAULT_DEVICE else (self.arithmetic,)
 
     @property
     def label(self) -> str:
-        """The device for people, like ``cuda:0 (NVIDIA H100, CUDA 13.0)``."""
+        """The device for people, like ``cuda:0 (NVIDIA H100, CUDA 13.0)`` or ``cpu, bfloat16``."""
+        if self.dtype != DEFAULT_DTYPE:
+            return f"{self.in_float32.label}, {self.dtype}"
         if not self.name.startswith("cuda"):
             return self.name
         import torch
@@ -106,14 +128,37 @@ def check_device(name: str) -> None:
         raise DeviceError(f"unknown device {name!r}{nearest(name, _NAMES)} (known: auto, cpu, cuda, cuda:N)")
 
 
-def open_device(name: str = DEFAULT_DEVICE, number: int = 0) -> Device:
+def check_dtype(dtype: str) -> None:
+    """Raise ``DeviceError`` when a type is not one that blocks can multiply in."""
+    require_kind(dtype, str, "the dtype", DeviceError)
+    require_known(dtype, DTYPES, "dtype", DeviceError)
+
+
+def open_device(name: str = DEFAULT_DEVICE, number: int = 0, dtype: str = DEFAULT_DTYPE) -> Device:
     """Return a device that works; ``auto`` is a CUDA device that does, else the CPU.
 
-    ``number`` is that of the CUDA device when ``name`` has none.
+    ``number`` is that of the CUDA device when ``name`` has none; ``dtype`` what blocks multiply in.
 
     Raises:
-        DeviceError: the name is unknown, or the device is not there or does not work.
+        DeviceError: the name or the type is unknown, or the device is not there or does not work.
     """
+    check_dtype(dtype)
+    device = replace(_opened(name, number), dtype=dtype)
+    if dtype == "bfloat16" and not _has_bfloat16(device):
+        log.info("note: %s has no products of bfloat16 and makes them in more steps; float32 is faster", name)
+    return device
+
+
+def _has_bfloat16(device: Device) -> bool:
+    import torch
+
+    if not device.is_host:
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    has = torch.cpu.get_capabilities()
+    return any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))
+
+
+def _opened(name: str, number: int) -> Device:
     check_device(name)
     if name == "cpu":
         return CPU

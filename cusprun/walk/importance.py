@@ -100,7 +100,7 @@ def _measure(
             log.info("finding important weights goes on after layer %d of %d", done, total)
         name, steps = f"finding important weights{batching.note}", (total - done) * len(batches)
         with progress.stage(name, steps, "batch") as advance:
-            shell = DecoderShell(index, device)
+            shell = DecoderShell(index, device.in_float32)
             if not done:
                 shell.embed_into(hidden.next, batches)
                 hidden.turn()

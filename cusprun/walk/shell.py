@@ -18,13 +18,17 @@ from cusprun.checkpoint.index import CheckpointIndex
 from cusprun.checkpoint.prefetch import prefetch_layer
 from cusprun.checkpoint.reader import layer_tensors, read_tensor
 from cusprun.errors import ModelError
+from cusprun.walk.arithmetic import is_linear_weight, round_products
 from cusprun.walk.batches import Batch
 from cusprun.walk.device import CPU, Device
 from cusprun.walk.spill import Spill
 
 
 class DecoderShell:
-    """Runs the blocks of one checkpoint in float32 on one device, each loaded when asked for."""
+    """Runs the blocks of one checkpoint on one device, each loaded when asked for.
+
+    All is float32 but for the products of linear layers, whose type is the device's ``dtype``.
+    """
 
     def __init__(self, index: CheckpointIndex, device: Device = CPU) -> None:
         self.index = index
@@ -37,6 +41,12 @@ class DecoderShell:
         _move_buffers(decoder, device)
         self._decoder = decoder.eval()
         self._layer_types = getattr(decoder.config, "layer_types", None)
+
+    @property
+    def products(self) -> torch.dtype:
+        """The type in which linear layers multiply."""
+        found: torch.dtype = getattr(torch, self.device.dtype)
+        return found
 
     def embed_into(self, hidden: Spill, batches: Sequence[Batch]) -> None:
         """Leave the input of block 0 in ``hidden``, one batch in memory at a time.
@@ -66,18 +76,20 @@ class DecoderShell:
         prefetch_layer(self.index, 0)
 
     def load_block(self, layer: int) -> nn.Module:
-        """Return decoder block ``layer`` with its float32 weights; drop it to free them.
+        """Return decoder block ``layer`` with its weights; drop it to free them.
 
         Weights travel in the type that they are stored in, and are cast on the device. The next block is read
         ahead while this one computes.
         """
         prefix = self.index.family.layer_prefix(layer)
-        weights = {
-            name.removeprefix(prefix): self.device.put(tensor).float()
-            for name, tensor in layer_tensors(self.index, layer)
-        }
         block: nn.Module = copy.deepcopy(self._blocks[layer]).eval()
+        weights = {}
+        for full, tensor in layer_tensors(self.index, layer):
+            name = full.removeprefix(prefix)
+            dtype = self.products if is_linear_weight(block, name) else torch.float32
+            weights[name] = self.device.put(tensor).to(dtype)
         _assign(block, weights)
+        round_products(block)
         prefetch_layer(self.index, layer + 1)
         return block
 

@@ -56,7 +56,7 @@ def walk_key(
         ids = ",".join(map(str, document.token_ids))
         digest.update(f"{document.dimension}|{ids}\n".encode())
     versions = [__version__, *map(metadata.version, _COMPUTED_BY)]
-    place = (batch_tokens, device.kind, ranks.size, ranks.rank)
+    place = (batch_tokens, device.arithmetic, ranks.size, ranks.rank)
     return key_of(versions, model_hash, digest.hexdigest(), place, *inputs)
 
 

@@ -154,6 +154,7 @@ CASES = {
         ("run", "recipe.yaml"),
         ("recipe.yaml:4", "unknown device 'gpu'"),
     ),
+    "unknown dtype": Case(nothing, (*PRUNE, "--dtype", "bfloat"), ("did you mean 'bfloat16'",)),
     "unknown granularity": Case(nothing, (*PRUNE, "--granularity", "neurn"), ("did you mean 'neuron'",)),
     "neurons with targets": Case(
         nothing, (*PRUNE, "--granularity", "neuron", "--for", "gguf:f16"), ("leave out targets",)

@@ -248,8 +248,8 @@ def test_cuda_that_is_not_there_is_refused_and_auto_takes_the_cpu(
     for name in ("cuda", "cuda:0"):
         with pytest.raises(DeviceError, match=says):
             open_device(name)
-    assert open_device("auto") is CPU
-    assert open_device("cpu") is CPU
+    assert open_device("auto") == CPU
+    assert open_device("cpu") == CPU
 
 
 def test_a_number_that_is_not_there_and_a_gpu_that_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +264,7 @@ def test_a_number_that_is_not_there_and_a_gpu_that_does_not_work(monkeypatch: py
     monkeypatch.setattr(torch, "ones", broken)
     with pytest.raises(DeviceError, match=r"cuda:1 does not work .*no kernel image is available for"):
         open_device("cuda:1")
-    assert open_device("auto") is CPU
+    assert open_device("auto") == CPU
 
 
 def test_every_command_that_runs_a_model_takes_a_device() -> None:
@@ -275,6 +275,10 @@ def test_every_command_that_runs_a_model_takes_a_device() -> None:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     taking = {name for name, command in commands.items() if any("--device" in p.opts for p in command.params)}
     assert taking == {"score", "prune", "sweep", "eval", "export", "run"}
+    rounding = {
+        name for name, command in commands.items() if any("--dtype" in p.opts for p in command.params)
+    }
+    assert rounding - {"import-gguf"} == {"score", "prune", "sweep"}  # where it is what is written
 
 
 def test_a_recipe_names_a_device(tmp_path: Path) -> None:

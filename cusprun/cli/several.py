@@ -1,0 +1,139 @@
+"""``--processes N``: this command again in several processes of this machine, which share its work."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import typer
+
+from cusprun.cli.shared import SharedProcess
+from cusprun.errors import UserError
+
+MOST = 256
+_LOOPBACK = "127.0.0.1"
+_THREADS = "OMP_NUM_THREADS"
+_GRACE_S = 30.0
+"""How long the others may take to end when one has failed, as with torchrun."""
+_PAUSE_S = 0.05
+
+
+def share_work(context: typer.Context, processes: int) -> None:
+    """Do this command in so many processes and end with the first one's exit code; return where it is one.
+
+    A process that a launcher, this one or another, has started does its own part.
+
+    Raises:
+        UserError: the number cannot be, or is not the launcher's.
+    """
+    own = context.obj
+    if not 1 <= processes <= MOST:
+        raise UserError(f"--processes must be 1 to {MOST}, not {processes}")
+    if not isinstance(own, SharedProcess):
+        return
+    if not own.is_alone:
+        if processes not in (1, own.size):
+            raise UserError(
+                f"the launcher started {own.size} processes and --processes says {processes}; leave it "
+                "out, or start the command without torchrun"
+            )
+        return
+    if processes > 1:
+        raise typer.Exit(_run([sys.executable, "-m", "cusprun", *own.arguments], processes))
+
+
+def _run(command: Sequence[str], processes: int) -> int:
+    """Run a command in so many processes and return the exit code of the first, which speaks for all."""
+    import torch.distributed
+
+    dist: Any = torch.distributed
+    if not dist.is_available():
+        raise UserError("this build of torch cannot join processes; install another build, or start one")
+    # Held here, so that a process that fails before all have met can still tell the others.
+    store = dist.TCPStore(_LOOPBACK, 0, is_master=True, wait_for_workers=False)
+    with _passed_on() as children:
+        for rank in range(processes):
+            environment = environment_of(os.environ, rank, processes, store.port, _num_cores())
+            children.append(subprocess.Popen(command, env=environment))
+        codes = _codes_of(children)
+    first = codes[0] or next((code for code in codes if code), 0)
+    return first if first >= 0 else 128 - first
+
+
+def _codes_of(children: Sequence[subprocess.Popen[bytes]]) -> list[int]:
+    """Wait for all; where one fails, tell the others to end, and end those that do not."""
+    while any(child.poll() is None for child in children):
+        if any(child.poll() for child in children):
+            for child in children:
+                child.send_signal(signal.SIGTERM)
+            deadline = time.monotonic() + _GRACE_S
+            for child in children:
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(max(0.0, deadline - time.monotonic()))
+            break
+        time.sleep(_PAUSE_S)
+    for child in children:
+        child.kill()
+    return [child.wait() for child in children]
+
+
+def environment_of(
+    environment: Mapping[str, str], rank: int, processes: int, port: int, num_cores: int
+) -> dict[str, str]:
+    """Return what a process of several finds in its environment: its place, and its share of the cores."""
+    own = str(max(1, num_cores // processes))
+    return {
+        _THREADS: own,
+        **environment,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": _LOOPBACK,
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+
+
+def _num_cores() -> int:
+    """Return the physical cores that this process may use, as torch counts them."""
+    import psutil
+
+    may_use = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(may_use, psutil.cpu_count(logical=False) or may_use)
+
+
+@contextmanager
+def _passed_on() -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Yield a list of children, to be filled, that are told of SIGTERM; none outlives the block.
+
+    Ctrl-C reaches them from the terminal.
+    """
+    children: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, _frame: Any) -> None:
+        for child in children:
+            child.send_signal(number)
+
+    def keep_waiting(_number: int, _frame: Any) -> None:
+        return
+
+    is_main = threading.current_thread() is threading.main_thread()
+    handlers = {signal.SIGTERM: pass_on, signal.SIGINT: keep_waiting} if is_main else {}
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield children
+    finally:
+        for child in children:
+            if child.poll() is None:
+                child.kill()
+                child.wait()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
