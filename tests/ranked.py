@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import socket
 import subprocess
@@ -69,9 +68,8 @@ def threads_of_ranks(
         yield Threads(ranks, pool)
         for own in ranks:
             own.watch.close()
-            for group in (*own.links.left, own.links.gloo) if is_watched else ():
-                # Its end waits for the end of the other threads' groups, with the interpreter's lock held.
-                ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+            if is_watched:  # else the end of one group waits for that of the other threads'
+                own.links.abandon()
 
 
 def free_port() -> int:

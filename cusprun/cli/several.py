@@ -61,7 +61,8 @@ def _run(command: Sequence[str], processes: int) -> int:
     with _passed_on() as children:
         for rank in range(processes):
             environment = environment_of(os.environ, rank, processes, store.port, _num_cores())
-            children.append(subprocess.Popen(command, env=environment))
+            # A session of its own: what the terminal sends comes once, from here.
+            children.append(subprocess.Popen(command, env=environment, start_new_session=True))
         codes = _codes_of(children)
     first = codes[0] or next((code for code in codes if code), 0)
     return first if first >= 0 else 128 - first
@@ -112,22 +113,16 @@ def _num_cores() -> int:
 
 @contextmanager
 def _passed_on() -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Yield a list of children, to be filled, that are told of SIGTERM; none outlives the block.
-
-    Ctrl-C reaches them from the terminal.
-    """
+    """Yield a list of children, to be filled, told of SIGINT and SIGTERM; none outlives the block."""
     children: list[subprocess.Popen[bytes]] = []
 
     def pass_on(number: int, _frame: Any) -> None:
         for child in children:
             child.send_signal(number)
 
-    def keep_waiting(_number: int, _frame: Any) -> None:
-        return
-
     is_main = threading.current_thread() is threading.main_thread()
-    handlers = {signal.SIGTERM: pass_on, signal.SIGINT: keep_waiting} if is_main else {}
-    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
+    previous = {number: signal.signal(number, pass_on) for number in numbers}
     try:
         yield children
     finally:

@@ -6,6 +6,7 @@ signal is seen at once.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import time
@@ -215,15 +216,13 @@ class Links:
         self._store, self._launch, self._timeout = store, launch, timeout
         self.gloo: Any = None
         self.nccl: Any = None
-        self.left: list[Any] = []
         self.generation = -1
         self.renew()
 
     def renew(self) -> None:
         """Make new groups; the old ones are left as they are, for a collective in them may never end."""
         if self.generation >= 0:
-            self.close()
-            self.left.append(self.gloo)
+            self.abandon()
         self.generation += 1
         self._part = _c10d.PrefixStore(f"group/{self.generation}", self._store)
         self.gloo = joined_by_gloo(self._part, self._launch, self._timeout)
@@ -241,6 +240,14 @@ class Links:
                 store = _c10d.PrefixStore("nccl", self._part)
                 self.nccl = _c10d.ProcessGroupNCCL(store, ranks.rank, ranks.size, options)
         return self._has_nccl
+
+    def abandon(self) -> None:
+        """Leave the groups as they are when a collective in them may never end.
+
+        Gloo's destructor waits for it, with the interpreter's lock held: so the group outlives all else.
+        """
+        self.close()
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.gloo))
 
     def close(self) -> None:
         """End what is between the GPUs without waiting for collectives that are under way."""

@@ -49,6 +49,7 @@ class SharedRun:
         self._on_failure = on_failure
         self._watch: Watch | None = None
         self._ranks: GroupRanks | None = None
+        self._ended_well = False
 
     def ranks(self) -> Ranks:
         """Return the ranks, once all have come with the same version of the package.
@@ -112,12 +113,16 @@ class SharedRun:
         if self._ranks is not None:
             self._ranks.watch.expect_the_end()
             self._ranks.meet()
+            self._ended_well = True
 
     def close(self) -> None:
         """Leave the group."""
         if self._ranks is not None:
             self._ranks.watch.close()
-            self._ranks.links.close()
+            if self._ended_well:
+                self._ranks.links.close()
+            else:
+                self._ranks.links.abandon()
             self._ranks = None
 
     def __enter__(self) -> SharedRun:

@@ -58,13 +58,14 @@ def test_a_fault_is_said_once_with_its_code(work) -> None:
     assert [line[:15] for line in done.stderr.splitlines()] == ["error: nowhere "]
 
 
-def test_told_to_end_they_end_with_nothing_left(work) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_told_to_end_they_end_with_nothing_left(work, number) -> None:
     process = started(work, "--log-json", *SCORE, "store", "--processes", "2")
     assert process.stderr is not None
     assert process.stderr.readline()
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, err = process.communicate()
-    assert process.returncode == 128 + signal.SIGTERM, err
+    assert process.returncode == 128 + number, err
     assert not (work / "store").exists()
 
 

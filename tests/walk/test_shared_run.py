@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import queue
+import subprocess
+import sys
 import threading
 from typing import Any
 
 import pytest
 import torch.distributed
-from ranked import free_port, launched
+from ranked import ROOT, free_port, launched
 
 from cusprun.errors import RankError, UserError
 from cusprun.walk import shared_run
@@ -53,7 +56,7 @@ def test_a_posted_failure_reaches_the_other_rank(rank: int) -> None:
     pair.start(0, 1)
     failure = Failure(rank, 2, "the model is gone")
     assert pair.watches[rank].post(failure) == failure
-    assert pair.heard[1 - rank].get(timeout=30) == failure
+    assert pair.heard[1 - rank].get(timeout=120) == failure
     with pytest.raises(RankError, match="the model is gone") as caught:
         pair.watches[1 - rank].check()
     assert caught.value.exit_code == 2
@@ -71,7 +74,7 @@ def test_the_first_failure_is_the_one_that_counts() -> None:
 def test_a_rank_that_does_not_beat_is_lost(lost: int) -> None:
     pair = Pair(silent_s=0.2)
     pair.start(1 - lost)
-    failure = pair.heard[1 - lost].get(timeout=30)
+    failure = pair.heard[1 - lost].get(timeout=120)
     assert failure.rank == lost
     assert failure.is_silent
     assert f"rank {lost} ended without a word" in failure.text
@@ -113,7 +116,7 @@ def test_a_store_that_goes_is_a_failure_but_at_the_end(ending: bool) -> None:
         watch.expect_the_end()
     watch.start()
     if not ending:
-        assert "cannot be reached" in heard.get(timeout=30).text
+        assert "cannot be reached" in heard.get(timeout=120).text
     watch.close()
     assert heard.empty()
 
@@ -202,3 +205,46 @@ def test_a_launcher_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(shared_run, "START_S", 0.2)
     with pytest.raises(RankError, match=r"rank 1 cannot reach the launcher's store at 127\.0\.0\.1"):
         SharedRun(launched(1, 2, free_port())).ranks()
+
+
+# Each rank waits for what the other is to send; then both fail, as when a signal ends them.
+UNFINISHED = """
+import os, sys, torch
+from cusprun.errors import ModelError
+from cusprun.walk.shared_run import SharedRun
+
+again = sys.argv[1] == "again"
+try:
+    with SharedRun(os.environ) as run:
+        ranks = run.ranks()
+        ranks.links.gloo.broadcast(torch.zeros(1), 1 - ranks.rank)
+        if again:
+            ranks.begin_again()
+            ranks.meet()
+        del ranks  # so that the run holds the last reference
+        if not again:
+            raise ModelError("x")
+except ModelError:
+    pass
+print("ended")
+"""
+
+
+@pytest.mark.parametrize("how", ["failed", "again"])
+def test_a_collective_that_never_ends_does_not_keep_its_process(how: str) -> None:
+    port = free_port()
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", UNFINISHED, how],
+            env={**os.environ, **launched(rank, 2, port), "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        assert [process.communicate(timeout=120)[0] for process in started] == ["ended\n"] * 2
+        assert [process.returncode for process in started] == [0, 0]
+    finally:
+        for process in started:
+            process.kill()
