@@ -12,15 +12,15 @@ import torch
 from experts import SMOLLM2
 from measuring import Job, Ledger, Options, Row
 from safetensors.torch import load_file
-from scale_model import QWEN_1_5B, TINY, Config, cut_to, expert_file, model_folder, random_model
-from scale_parts import DEMO_EXPERT, RATIO, asked_for, gigabytes, minutes, wanted
+from scale_model import QWEN_1_5B, TINY, cut_to
+from scale_parts import RATIO, asked_for, gigabytes, minutes, wanted
+from scale_subject import Subject
 from watched import cusprun, watched
 
 from cusprun.checkpoint.output import remove
 from cusprun.codec import key_of, load_json
 from cusprun.errors import ModelError
 from cusprun.records import Manifest
-from cusprun.resolve import resolve
 from cusprun.walk.device import DTYPES
 
 TABLE = "dtype"
@@ -28,26 +28,11 @@ ROUNDS = 2
 STAGES = {"score": "scoring", "refit_and_write": "refit and writing"}
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A model, real unless it has a config; a random one has random documents, and no quality to lose."""
-
-    title: str
-    config: Config | None = None
-    documents: int = 14
-    tokens: int = 290
-
-    def opened(self, name: str, scratch: Path) -> tuple[Path, Path]:
-        """Return the model's folder and the expert's file."""
-        if self.config is None:
-            return resolve(SMOLLM2.source).path, DEMO_EXPERT
-        expert = expert_file(scratch / TABLE / name / "corpus", self.documents, self.tokens)
-        return random_model(model_folder(scratch, name, self.config), self.config), expert
-
-
 SUBJECTS: Mapping[str, Subject] = {
     "smollm2-135m": Subject(SMOLLM2.title),
-    "qwen2.5-1.5b": Subject("4 blocks of Qwen2.5-1.5B's shape, random weights", cut_to(QWEN_1_5B, 4)),
+    "qwen2.5-1.5b": Subject(
+        "4 blocks of Qwen2.5-1.5B's shape, random weights", cut_to(QWEN_1_5B, 4), documents=14, tokens=290
+    ),
 }
 _SMOKE = {"tiny": Subject("tiny", cut_to(TINY, 2), documents=8, tokens=64)}
 

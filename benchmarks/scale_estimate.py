@@ -4,50 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from experts import SMOLLM2
 from measuring import Job, Ledger, Options, Row
-from scale_model import (
-    LLAMA_8B,
-    QWEN_1_5B,
-    TINY,
-    Config,
-    cut_to,
-    expert_file,
-    model_folder,
-    random_model,
-)
-from scale_parts import DEMO_EXPERT, RATIO, asked_for, gigabytes, minutes, verdict, wanted
+from scale_model import LLAMA_8B, QWEN_1_5B, TINY, cut_to
+from scale_parts import RATIO, asked_for, gigabytes, minutes, verdict, wanted
+from scale_subject import Subject
 from watched import Watched, cusprun, watched
 
 from cusprun.checkpoint.output import remove
 from cusprun.codec import key_of
-from cusprun.resolve import resolve
 
 TABLE = "estimate"
 OFF_MOST = 0.25
 QUANTITIES = ("seconds", "memory_bytes", "disk_bytes")
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model, real unless it has a config, and the budget of memory that it is pruned in."""
-
-    title: str
-    config: Config | None = None
-    documents: int = 60
-    tokens: int = 200
-    memory: str | None = None
-
-    def opened(self, name: str, scratch: Path) -> tuple[Path, Path]:
-        """Return the model's folder and the expert's file."""
-        if self.config is None:
-            return resolve(SMOLLM2.source).path, DEMO_EXPERT
-        expert = expert_file(scratch / TABLE / name / "corpus", self.documents, self.tokens)
-        return random_model(model_folder(scratch, name, self.config), self.config), expert
 
 
 SUBJECTS: Mapping[str, Subject] = {
