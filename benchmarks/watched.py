@@ -14,6 +14,7 @@ from stat import S_ISREG
 
 from processes import anonymous_bytes
 
+from cusprun.clock import VARIABLE
 from cusprun.errors import CusprunError
 
 ROOT = Path(__file__).parent.parent
@@ -60,20 +61,22 @@ def watched(
     Args:
         command: the program and its arguments; it must do its work in its own process.
         log: a file that is made, or written anew.
-        env: what is added to the environment.
+        env: what is added to the environment, from which ``SOURCE_DATE_EPOCH`` is taken: a manifest that
+            has to be equal to the byte tells no durations.
         folders: where its files are counted.
 
     Raises:
         CommandError: it ended with another exit code than 0.
     """
     places = tuple(folders)
+    inherited = {name: value for name, value in os.environ.items() if name != VARIABLE}
     log.parent.mkdir(parents=True, exist_ok=True)
     anonymous = resident = disk = 0
     looked_at_disk = 0.0
     with log.open("wb") as stream:
         started = time.monotonic()
         process = subprocess.Popen(
-            command, stdout=stream, stderr=subprocess.STDOUT, cwd=ROOT, env={**os.environ, **(env or {})}
+            command, stdout=stream, stderr=subprocess.STDOUT, cwd=ROOT, env={**inherited, **(env or {})}
         )
         try:
             while True:

@@ -118,6 +118,14 @@ def test_a_command_that_fails_is_reported(module: Any, tmp_path: Path) -> None:
         watched.watched([sys.executable, "-c", "print('no room'); raise SystemExit(3)"], tmp_path / "log")
 
 
+def test_a_command_is_not_asked_for_equal_bytes(
+    module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    show = [sys.executable, "-c", "import os; print(os.environ.get('SOURCE_DATE_EPOCH'), os.environ['OWN'])"]
+    assert module("watched").watched(show, tmp_path / "log", env={"OWN": "yes"}).output == "None yes\n"
+
+
 def test_the_exponent_of_a_power_law_is_found(module: Any) -> None:
     sizes = (1, 2, 4, 8, 16)
     found = module("scale_parts").exponent(sizes, [3 * size**1.3 for size in sizes])

@@ -30,11 +30,12 @@ from cusprun.walk.workspace import Workspace
 SETTINGS = RefitSettings(revise=True, anchors=20)
 FIRST = Corpora(CORPORA.calibration, ())
 BLOCKS = 3
+MOMENT = "1700000000"
 
 
 @pytest.fixture(autouse=True)
 def _no_time_of_day(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", MOMENT)
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +44,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("made")
     index = open_checkpoint(save_model(root / "model"))
     score_model(index, CORPORA, root / "store", model_hash=model_hash(index), corpus_hash="corpus")
-    os.environ["SOURCE_DATE_EPOCH"] = "1700000000"
-    expert(root / "model", root / "store", root / "whole", Workspace())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SOURCE_DATE_EPOCH", MOMENT)
+        expert(root / "model", root / "store", root / "whole", Workspace())
     return root
 
 
