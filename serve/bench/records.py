@@ -37,7 +37,7 @@ class BenchOptions:
     num_decode_tokens: int = 64
     prompt_text: str | None = None
     num_pairs: int | None = None
-    max_pairs: int = 30
+    max_pairs: int = 48
     precision: float = 0.02
     time_limit_s: float | None = None
     run_limit_s: float | None = None

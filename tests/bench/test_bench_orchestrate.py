@@ -127,9 +127,14 @@ def test_steady_runs_stop_at_the_least_pairs_that_can_show_a_difference(files, m
 
 
 def test_noisy_runs_go_on_to_the_limit(files, make_measurement) -> None:
-    suite = run(files, FakeLaunch(make_measurement, {"before": 10.0, "after": 8.0}, 0), precision=1e-4)
+    suite = run(
+        files,
+        FakeLaunch(make_measurement, {"before": 10.0, "after": 8.0}, 0),
+        precision=1e-4,
+        time_limit_s=600.0,
+    )
     assert suite.num_pairs == BenchOptions().max_pairs
-    assert suite.stopped == "30 pairs, the most that are made"
+    assert suite.stopped == "48 pairs, the most that are made"
 
 
 def test_the_time_limit_stops_before_a_pair_that_would_end_too_late(files, make_measurement) -> None:
