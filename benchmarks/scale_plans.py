@@ -22,8 +22,8 @@ from cusprun.records import Shape
 from cusprun.walk.budget import scoring
 
 _FLOAT, _DOUBLE = 4, 8
-_RIDGES = 5
-"""Factorisations of a refit: one for each of four ridges, and the last one."""
+_RIDGES = 4
+"""Factorisations of a refit: one for each of the three ridges that are tried, and the last one."""
 
 
 LLAMA_70B: Config = {
@@ -129,14 +129,14 @@ class Work:
     def solve_operations(self) -> float:
         """The choice of the FFN channels, and the least squares for those that stay (``docs/method.md``).
 
-        The metric is factored and inverted for its diagonal; each channel that goes takes a column of the
-        inverse, freed of those before it, and an update of the weights. Then a factorisation and a solution
-        for all features for each ridge, and for the last one.
+        The metric is factored and inverted; of each channel that goes the inverse's column is freed of those
+        before it, and the weights are updated. Then a factorisation and a solution for all features for each
+        ridge, and for the last one.
         """
         width, features = float(self.shape.intermediate_size), self.shape.hidden_size
         kept = width * (1 - RATIO)
         gone = width - kept
-        choice = width**3 * 2 / 3 + 2 * width**2 * gone + width * gone**2 + 2 * width * features * gone
+        choice = width**3 + width * gone**2 + 2 * width * features * gone
         squares = _RIDGES * (kept**3 / 3 + 2 * kept**2 * features) + 2 * features * kept * gone
         return self.shape.num_hidden_layers * (choice + squares)
 

@@ -95,10 +95,11 @@ class Inputs:
             return
         fitted = torch.where(judged, 0.0, weights)
         self._sums += (fitted.to(rows.dtype) @ rows).double()
-        roots = weights.sqrt().unsqueeze(-1)
-        rows, drift = rows * roots, None if drift is None else drift * roots
-        usual = self._usual(rows, drift)
+        if not bool((weights == 1).all()):  # else as most are: no copy of them
+            roots = weights.sqrt().unsqueeze(-1)
+            rows, drift = rows * roots, None if drift is None else drift * roots
         squares = torch.linalg.vector_norm(rows, dim=-1).square()
+        usual = self._usual(squares, drift)
         self._totals += torch.tensor(
             [float(fitted.sum()), float((weights - fitted).sum()), float(squares[usual & ~judged].sum())],
             dtype=torch.float64,
@@ -113,13 +114,13 @@ class Inputs:
             elif bool(chosen.any()):
                 tokens.add(rows[chosen].to(dtype), None if drift is None else drift[chosen])
 
-    def _usual(self, rows: torch.Tensor, drift: torch.Tensor | None) -> torch.Tensor:
-        """Return which weighted rows are outliers neither by their channels nor by their drift.
+    def _usual(self, of_rows: torch.Tensor, drift: torch.Tensor | None) -> torch.Tensor:
+        """Return which weighted rows are outliers neither by their channels' squares nor by their drift.
 
         The activations of a sink are those of any token behind a norm, while its drift can be 10^6 times
         another's, as its stream is.
         """
-        squares = [torch.linalg.vector_norm(rows, dim=-1).square()]
+        squares = [of_rows]
         if drift is not None:
             squares.append(torch.linalg.vector_norm(drift, dim=-1).square())
         if self._limits is None and not bool((squares[0] > 0).any()):

@@ -98,7 +98,7 @@ class Factor:
         return rows
 
     def inverted(self) -> Inverse:
-        """Put L^-1 in the place of L, which is no more, and return what it is good for."""
+        """Put (A + ridge * I)^-1 in the place of L, which is no more."""
         edges, matrix = spans(len(self.matrix)), self.matrix
         own = [
             torch.linalg.solve_triangular(
@@ -113,39 +113,42 @@ class Factor:
                 block = own[row] @ matrix[top:bottom, start:stop]
                 block.addmm_(matrix[top:bottom, stop:top], matrix[stop:top, start:stop])
                 matrix[top:bottom, start:stop] = -(block @ own[column])
-            matrix[start:stop, start:stop] = matrix[start:stop, start:stop].triu() + own[column].tril(-1)
-        return Inverse(matrix, own)
+        return Inverse(matrix, _squared(matrix, own))
 
 
 @dataclass(frozen=True)
 class Inverse:
-    """(A + ridge * I)^-1 = M^T M by M = L^-1, which stands below the diagonal of ``matrix``.
-
-    ``blocks`` are those on the diagonal, with it.
-    """
+    """(A + ridge * I)^-1, which stands below the diagonal of ``matrix``; ``on_diagonal`` is the rest: [n]."""
 
     matrix: torch.Tensor
-    blocks: list[torch.Tensor]
+    on_diagonal: torch.Tensor
 
     def diagonal(self) -> torch.Tensor:
         """Return the entries on the diagonal: [n]."""
-        return torch.cat(
-            [
-                own.square().sum(dim=0) + torch.linalg.vector_norm(self.matrix[stop:, start:stop], dim=0) ** 2
-                for (start, stop), own in zip(spans(len(self.matrix)), self.blocks, strict=True)
-            ]
-        )
+        return self.on_diagonal.clone()
 
     def columns(self, index: torch.Tensor) -> torch.Tensor:
         """Return some columns: [n, k] for ``index`` [k]."""
         rows = torch.arange(len(self.matrix), device=index.device)
-        roots = torch.where(index < rows.unsqueeze(1), self.matrix[:, index], 0.0)
-        roots[index, rows[: len(index)]] = torch.cat([own.diagonal() for own in self.blocks])[index]
-        found = torch.empty_like(roots)
-        for (start, stop), own in zip(spans(len(self.matrix)), self.blocks, strict=True):
-            part = own.T @ roots[start:stop]
-            found[start:stop] = part.addmm_(self.matrix[stop:, start:stop].T, roots[stop:])
+        found = torch.where(index < rows.unsqueeze(1), self.matrix[:, index], self.matrix[index].T)
+        found[index, rows[: len(index)]] = self.on_diagonal[index]
         return found
+
+
+def _squared(matrix: torch.Tensor, own: list[torch.Tensor]) -> torch.Tensor:
+    """Put M^T M in the place of M, lower triangular with the blocks ``own``; return what is on its diagonal.
+
+    From the first rows on, which no later ones need.
+    """
+    diagonal = []
+    for (start, stop), root in zip(spans(len(matrix)), own, strict=True):
+        below = matrix[stop:, start:stop].T
+        block = (root.T @ root).addmm_(below, below.T)
+        row = (root.T @ matrix[start:stop, :start]).addmm_(below, matrix[stop:, :start])
+        diagonal.append(block.diagonal().clone())
+        matrix[start:stop, :start] = row
+        matrix[start:stop, start:stop] = matrix[start:stop, start:stop].triu() + block.tril(-1)
+    return torch.cat(diagonal)
 
 
 def factored(matrix: torch.Tensor, ridge: float) -> Factor:

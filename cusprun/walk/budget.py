@@ -155,12 +155,21 @@ def block_bytes(index: CheckpointIndex, dtype: str = DEFAULT_DTYPE) -> int:
 
     In another type than float32 both last projections exist in float32 beside it, to be looked at.
     """
-    layers = range(index.shape.num_hidden_layers)
-    specs = ([spec.name for spec in index.family.layer_specs(layer)] for layer in layers)
-    sizes = [[index.tensors[name].num_elements for name in names if name in index.tensors] for names in specs]
-    if dtype == DEFAULT_DTYPE:
-        return FLOAT * max(map(sum, sizes))
-    return max(FLOAT // 2 * sum(found) + FLOAT * sum(sorted(found)[-2:]) for found in sizes)
+    family, modules = index.family, index.family.modules
+    largest = 0
+    for layer in range(index.shape.num_hidden_layers):
+        sizes = {
+            spec.name: index.tensors[spec.name].num_elements
+            for spec in family.layer_specs(layer)
+            if spec.name in index.tensors
+        }
+        last = sum(
+            sizes[f"{family.layer_prefix(layer)}{path}.weight"]
+            for path in (modules.attention_output, modules.mlp_output)
+        )
+        whole = sum(sizes.values())
+        largest = max(largest, FLOAT * (whole if dtype == DEFAULT_DTYPE else whole // 2 + last))
+    return largest
 
 
 def token_bytes(index: CheckpointIndex, lengths: Sequence[int]) -> int:
