@@ -100,6 +100,6 @@ def to_markdown(table: Row) -> str:
         f"| stage | 1 process, 1 thread | {row['processes']} processes, 1 thread each | efficiency |\n"
         "|---|---:|---:|---:|\n" + "\n".join(lines) + "\n\n"
         f"{row['title']}, the demo's documents, medians of {len(row['rounds_seconds']['1'])} rounds in turn. "
-        f"An efficiency of at least {EFFICIENCY_LEAST} in scoring: {met['score']}; in refit and writing, where "
-        f"the first process solves and writes alone: {met['refit_and_write']}.\n"
+        f"An efficiency of at least {EFFICIENCY_LEAST} in scoring: {met['score']}; in refit and writing, "
+        f"where the first process solves and writes alone: {met['refit_and_write']}.\n"
     )
