@@ -80,8 +80,8 @@ def refit(
 
     With ``apart`` ridges are fitted on ``fit`` and judged on ``apart``; the best one is then solved for on
     both together, and the errors are those on ``apart`` of the columns that had not seen it. Without, the
-    first ridge is taken and the errors are those on ``fit``. When no ridge is better than the original
-    columns, those are returned.
+    first ridge is taken and the errors are those on ``fit``. When the ridge found is no better than
+    the original columns, those are returned.
 
     Args:
         weight: the projection, [features, n], any float type, on the device of the tokens.
