@@ -114,6 +114,8 @@ def _run(arguments: Sequence[str], debug: bool, process: SharedProcess) -> Ended
         outcome = typer.main.get_command(app).main(
             args=list(arguments), prog_name="cusprun", standalone_mode=False, obj=process
         )
+        if outcome == EXIT_INTERRUPTED:  # typer's own word for Ctrl-C; others may be in any collective
+            return _interrupted()
         process.finish()
     except CusprunError as error:
         return _failed(str(error), error.exit_code, debug)
@@ -134,7 +136,7 @@ def _run(arguments: Sequence[str], debug: bool, process: SharedProcess) -> Ended
         return _unexpected(error, debug)
     except Exception as error:
         return _refused(error, debug) if hasattr(error, "format_message") else _unexpected(error, debug)
-    return _interrupted() if outcome == EXIT_INTERRUPTED else Ended(int(outcome or 0))
+    return Ended(int(outcome or 0))
 
 
 @contextmanager

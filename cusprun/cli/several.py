@@ -60,11 +60,11 @@ def _run(command: Sequence[str], processes: int) -> int:
     store = dist.TCPStore(_LOOPBACK, 0, is_master=True, wait_for_workers=False)
     with _passed_on() as children:
         for rank in range(processes):
-            environment = environment_of(os.environ, rank, processes, store.port, _num_cores())
-            # A session of its own: what the terminal sends comes once, from here.
-            children.append(subprocess.Popen(command, env=environment, start_new_session=True))
-        codes = _codes_of(children)
+            children.start(command, environment_of(os.environ, rank, processes, store.port, _num_cores()))
+        codes = _codes_of(children.started)
     first = codes[0] or next((code for code in codes if code), 0)
+    if first and children.told:  # in the midst of loading libraries a signal ends a process in several ways
+        return 128 + children.told[0]
     return first if first >= 0 else 128 - first
 
 
@@ -111,22 +111,44 @@ def _num_cores() -> int:
     return min(may_use, psutil.cpu_count(logical=False) or may_use)
 
 
-@contextmanager
-def _passed_on() -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Yield a list of children, to be filled, told of SIGINT and SIGTERM; none outlives the block."""
-    children: list[subprocess.Popen[bytes]] = []
+class _Children:
+    """Processes that hear each signal that this one is told, whether it comes before or after their start.
 
-    def pass_on(number: int, _frame: Any) -> None:
-        for child in children:
+    ``started`` are those processes, ``told`` the signals' numbers.
+    """
+
+    def __init__(self) -> None:
+        self.started: list[subprocess.Popen[bytes]] = []
+        self.told: list[int] = []
+
+    def start(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        """Start one more."""
+        # A session of its own: what the terminal sends comes once, from here.
+        child = subprocess.Popen(command, env=environment, start_new_session=True)
+        self.started.append(child)
+        for number in self.told:
             child.send_signal(number)
 
+    def tell(self, number: int, _frame: Any = None) -> None:
+        """Pass a signal on; made to be a signal's handler."""
+        self.told.append(number)
+        for child in self.started:
+            child.send_signal(number)
+
+
+@contextmanager
+def _passed_on() -> Iterator[_Children]:
+    """Yield children, to be started, told of SIGINT and SIGTERM; none outlives the block."""
+    children = _Children()
     is_main = threading.current_thread() is threading.main_thread()
     numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
-    previous = {number: signal.signal(number, pass_on) for number in numbers}
+    # What whoever started this one had it ignore, as shells do for work in the background, stays ignored.
+    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, children.tell) for number in heard}
     try:
         yield children
     finally:
-        for child in children:
+        for child in children.started:
             if child.poll() is None:
                 child.kill()
                 child.wait()

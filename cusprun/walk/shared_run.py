@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -84,7 +85,7 @@ class SharedRun:
             cause = self._ranks.watch.explain() if told_to_end else None
             self._ranks.watch.close()
             first = cause or self._ranks.watch.post(known)
-        elif self.launch.store_is_kept:
+        elif self.launch.store_is_kept and not _is_half_loaded("torch"):
             first = self._failed_alone(self.launch, known)
         if first is None or first == known:
             return own
@@ -160,6 +161,11 @@ def _joined(launch: Launch, watch: Watch) -> GroupRanks:
     links = Links(watch.store, launch, timedelta(seconds=START_S))
     watch.start()
     return GroupRanks(launch.rank, launch.size, launch.local_rank, links, watch)
+
+
+def _is_half_loaded(package: str) -> bool:
+    """Whether a signal ended the import of a package: to import torch again can then end the process."""
+    return package not in sys.modules and any(name.startswith(f"{package}.") for name in sys.modules)
 
 
 def _store(launch: Launch) -> Any:

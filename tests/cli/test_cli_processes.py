@@ -14,18 +14,28 @@ import torch
 from ranked import ROOT, launched
 from safetensors.torch import load_file
 
-from cusprun.cli.several import _codes_of, environment_of
+from cusprun.cli.app import run
+from cusprun.cli.several import _Children, _codes_of, _passed_on, environment_of
+from cusprun.cli.shared import SharedProcess
 from cusprun.pipeline.shared import tell_of_idle_gpus
 from cusprun.walk.device import Device
 from cusprun.walk.ranks import ALONE
 
 SCORE = ("score", "model", "--expert", "expert.yaml", "--out")
 WAITING = "import sys; sys.stdin.read()"
+# A run in the background inherits an ignored SIGINT.
+MAIN = """
+import signal, sys
+from cusprun.cli import main
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+main(sys.argv[1:])
+"""
 
 
 def started(work: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "cusprun", *arguments],
+        [sys.executable, "-c", MAIN, *arguments],
         cwd=work,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
         stdout=subprocess.PIPE,
@@ -67,6 +77,67 @@ def test_told_to_end_they_end_with_nothing_left(work, number) -> None:
     _, err = process.communicate()
     assert process.returncode == 128 + number, err
     assert not (work / "store").exists()
+
+
+def test_what_is_interrupted_waits_for_no_other(monkeypatch) -> None:
+    class Unfinished(SharedProcess):
+        def finish(self) -> None:
+            pytest.fail("it went to meet the others")
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SharedProcess, "admit", interrupted)
+    assert run(["doctor"], Unfinished({})) == 128 + signal.SIGINT
+
+
+def test_a_signal_is_passed_on_to_children_that_start_after_it() -> None:
+    children = _Children()
+    command = [sys.executable, "-c", "import signal; signal.pause()"]
+    children.start(command, os.environ)
+    children.tell(signal.SIGTERM)
+    children.start(command, os.environ)
+    assert [child.wait() for child in children.started] == [-signal.SIGTERM] * 2
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.SIG_DFL])
+def test_a_signal_that_is_ignored_stays_ignored(handler) -> None:
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        with _passed_on() as children:
+            inside = signal.getsignal(signal.SIGINT)
+            assert inside == (handler if handler is signal.SIG_IGN else children.tell)
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+HALF_LOADED = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+class Interrupts:  # Ctrl-C in the midst of torch, once
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch.nn":
+            sys.meta_path.remove(self)
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupts())
+from cusprun.cli import main
+main(sys.argv[1:])
+"""
+
+
+def test_interrupted_while_torch_is_loaded_it_loads_no_more(work) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HALF_LOADED, *SCORE, "store"],
+        cwd=work,
+        env={**os.environ, **launched(0, 2, 1), "TORCHELASTIC_USE_AGENT_STORE": "True"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, len(done.stderr.splitlines())) == (130, 1), done.stderr
 
 
 def test_when_one_fails_the_others_are_told() -> None:
