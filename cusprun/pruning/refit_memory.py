@@ -28,7 +28,7 @@ def refitting(
     ``lengths`` are those of the documents, in tokens.
     """
     fixed = {**kept_bytes(index, lengths), f"one block in {dtype}": block_bytes(index, dtype)}
-    demand = Demand("the refit", fixed, token_bytes(index, lengths), max(lengths, default=1))
+    demand = Demand("the refit", fixed, token_bytes(index, lengths, dtype), max(lengths, default=1))
     solving = _solving_bytes(index, lengths, settings)
     if memory_bytes is not None:
         # The least that would do is where the solve's share of it and all else just fill it.

@@ -27,6 +27,9 @@ FLOAT = 4
 _COPIES = ({"hidden": 4, "heads": 5, "kv": 4}, {"hidden": 6, "heads": 1, "ffn": 5})
 """Rows of each width that exist for every token at the widest moment of attention, and of the FFN."""
 
+_ROUNDED_BYTES = ({"hidden": 2, "heads": 2}, {"hidden": 2, "ffn": 2})
+"""What a product in a type of two bytes takes beside them for every token: its input and its output."""
+
 _PRODUCT_ELEMENTS = 1 << 23
 """Entries of the products of groups of heads in memory at one time, as ``pruning/impact.py`` has it."""
 
@@ -119,7 +122,7 @@ def scoring(index: CheckpointIndex, lengths: Sequence[int], dtype: str = DEFAULT
         f"one block in {dtype}": block_bytes(index, dtype),
         "the products of heads": FLOAT * (product + together),
     }
-    return Demand("scoring", fixed, token_bytes(index, lengths), max(lengths, default=1))
+    return Demand("scoring", fixed, token_bytes(index, lengths, dtype), max(lengths, default=1))
 
 
 def walking(index: CheckpointIndex, lengths: Sequence[int], stage: str) -> Demand:
@@ -172,13 +175,19 @@ def block_bytes(index: CheckpointIndex, dtype: str = DEFAULT_DTYPE) -> int:
     return largest
 
 
-def token_bytes(index: CheckpointIndex, lengths: Sequence[int]) -> int:
-    """Return the bytes that a block takes for each padded token of a batch, in float32."""
-    rows = max(
-        sum(copies * axis_length(axis, index.shape) for axis, copies in part.items()) for part in _COPIES
+def token_bytes(index: CheckpointIndex, lengths: Sequence[int], dtype: str = DEFAULT_DTYPE) -> int:
+    """Return the bytes that a block takes for each padded token of a batch, with products in ``dtype``."""
+    rounded = _ROUNDED_BYTES if dtype != DEFAULT_DTYPE else ({}, {})
+    widest = max(
+        FLOAT * _of_widths(copies, index) + _of_widths(more, index)
+        for copies, more in zip(_COPIES, rounded, strict=True)
     )
     windowed = index.family.has_sliding_window(index.config)
-    return FLOAT * rows + (_MASK_BYTES * max(lengths, default=1) if windowed else 0)
+    return widest + (_MASK_BYTES * max(lengths, default=1) if windowed else 0)
+
+
+def _of_widths(counts: Mapping[str, int], index: CheckpointIndex) -> int:
+    return sum(count * axis_length(axis, index.shape) for axis, count in counts.items())
 
 
 def megabytes(count: int) -> str:

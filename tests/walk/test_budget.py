@@ -34,6 +34,7 @@ from cusprun.walk.budget import (
     require_memory,
     scoring,
 )
+from cusprun.walk.device import DTYPES
 from cusprun.walk.fallback import DEFAULT_BATCHING
 from cusprun.walk.workspace import Workspace
 
@@ -56,22 +57,26 @@ from cusprun.pruning.store import open_store
 from cusprun.quality.likelihood import measure_likelihood
 from cusprun.records import Corpora, TokenizedDocument
 from cusprun.walk.allocator import give_back_when_freed
+from cusprun.walk.device import open_device
 
 torch.manual_seed(0)
 texts = tuple(
     TokenizedDocument("task", str(n), tuple(torch.randint(0, 500, (128,)).tolist())) for n in range(18)
 )
 give_back_when_freed()
+device = open_device("cpu", dtype=sys.argv[1])
 
 def prune(index, out, texts, settings):
     names = {"model_hash": "m", "corpus_hash": "c"}
-    yield "score", lambda: score_model(index, Corpora(texts, ()), out / "store", **names)
+    yield "score", lambda: score_model(index, Corpora(texts, ()), out / "store", device=device, **names)
     plan = make_plan(index, open_store(out / "store"), model_hash="m", ratio=0.25)
     (out / "expert").mkdir()
-    yield "refit", lambda: write_weights(index, plan, out / "expert", texts, settings=settings)
+    yield "refit", lambda: write_weights(
+        index, plan, out / "expert", texts, settings=settings, device=device
+    )
     yield "measure", lambda: measure_likelihood(index, texts, index)
 
-for place in map(Path, sys.argv[1:]):
+for place in map(Path, sys.argv[2:]):
     index, settings = open_checkpoint(place / "model"), RefitSettings(revise=True, anchors=0)
     (place / "first").mkdir()
     for _, work in prune(index, place / "first", texts[:1], settings):
@@ -89,24 +94,26 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> CheckpointIndex:
     return open_checkpoint(save_model(tmp_path_factory.mktemp("budget") / "model"))
 
 
-def demand_of(stage: str, index: CheckpointIndex, lengths: list[int]) -> Demand:
+def demand_of(stage: str, index: CheckpointIndex, lengths: list[int], dtype: str = "float32") -> Demand:
+    settings = RefitSettings(revise=True, anchors=0)
     return {
-        "score": lambda: scoring(index, lengths),
-        "refit": lambda: refitting(index, lengths, RefitSettings(revise=True, anchors=0)),
+        "score": lambda: scoring(index, lengths, dtype),
+        "refit": lambda: refitting(index, lengths, settings, dtype=dtype),
         "measure": lambda: measuring([index, index], lengths),
     }[stage]()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the kernel is Linux")
-def test_a_stage_takes_no_more_than_is_said_and_not_far_less(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_stage_takes_no_more_than_is_said_and_not_far_less(dtype: str, tmp_path: Path) -> None:
     for name, shape in SHAPES.items():
         save_model(
             tmp_path / name / "model", "llama", num_key_value_heads=4, vocab_size=4000,
             max_position_embeddings=128, num_hidden_layers=1, **shape,
         )  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-c", WORK, *(str(tmp_path / name) for name in SHAPES)],
+        [sys.executable, "-c", WORK, dtype, *(str(tmp_path / name) for name in SHAPES)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -117,7 +124,7 @@ def test_a_stage_takes_no_more_than_is_said_and_not_far_less(tmp_path: Path) -> 
     assert len(found) == 3 * len(SHAPES)
     for place, stage, before, highest in found:
         index = open_checkpoint(Path(place) / "model")
-        said = demand_of(stage, index, [128] * 18).total_bytes(DEFAULT_BATCH_TOKENS) - BASE_BYTES
+        said = demand_of(stage, index, [128] * 18, dtype).total_bytes(DEFAULT_BATCH_TOKENS) - BASE_BYTES
         assert before < BASE_BYTES
         assert 0.2 * said < highest - before < said, (place, stage, highest - before, said)
 
