@@ -5,9 +5,10 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,10 @@ HASH, SCORE, PLAN, REFIT, MEASURE = "start, open and hash", "score", "plan", "re
 _HASH = "0" * 64
 _BATCHES = 2
 """Batches of the smaller trial, at least."""
+_FEW = 3
+"""All documents are tried at once up to so many times the tokens of the smaller trial."""
+_LARGER_S = 15.0
+"""What scoring and measuring one block may take in the larger trial; it has twice the tokens at the least."""
 _SHARE_OF_WIDTH = 0.6
 """Its tokens, as a share of the FFN's width, at least: from a half on the refit keeps sums, and not rows."""
 
@@ -144,7 +149,7 @@ def estimate(
         disk_bytes=disk.most_bytes,
         disk=disk,
         measured_blocks=max(run.counts),
-        measured_tokens=trial.num_tokens(run.calibration[-1]),
+        measured_tokens=max(tokens for _, tokens in run.times[SCORE]),
         measured_seconds=time.perf_counter() - started,
     )
 
@@ -183,9 +188,7 @@ class _Trial:
         self.counts = (1,) if shape.num_hidden_layers == 1 else (1, 2)
         # The refit keeps rows or sums, whichever are smaller: the trial must do what the run will.
         batch = _batch_tokens(self.opened, self.corpora, self.wishes)
-        least = max(_BATCHES * batch, round(_SHARE_OF_WIDTH * shape.intermediate_size))
-        self.calibration = _smaller_and_larger(self.corpora.calibration, least)
-        self.held_out = _smaller_and_larger(self.corpora.held_out, least)
+        self.least_tokens = max(_BATCHES * batch, round(_SHARE_OF_WIDTH * shape.intermediate_size))
         self.is_cold = self.opened.index.num_bytes > _available_bytes()
         self.plan: Plan
 
@@ -203,15 +206,31 @@ class _Trial:
         self._score(views[1], (shortest,), self.scratch / "warm")
         self.warm_seconds = time.perf_counter() - started
         for count, view in views.items():
-            for documents in self.calibration[: None if count == 1 else 1]:
+            for documents in islice(self._parts(SCORE, self.corpora.calibration), None if count == 1 else 1):
                 name = f"{count}-{len(documents)}"
                 self._prune(view, documents, self.scratch / name, is_first=count == 1)
             written = self._expert(count)
             self.sizes[count] = written.num_bytes
-            for documents in self.held_out:
+            for documents in self._parts(MEASURE, self.corpora.held_out):
                 self._timed(MEASURE, view, documents, partial(self._measure, written, view, documents))
             for place in list(self.scratch.iterdir()):  # two embeddings and heads are gigabytes
                 shutil.rmtree(place)
+
+    def _parts(
+        self, stage: str, documents: tuple[TokenizedDocument, ...]
+    ) -> Iterator[tuple[TokenizedDocument, ...]]:
+        """Yield few documents and, once a stage has run with these, more; or all, where there are few.
+
+        What the second part takes is multiplied by the blocks, and so is its noise: the longer, the better.
+        """
+        if trial.num_tokens(documents) <= _FEW * self.least_tokens:
+            yield from (documents,) if documents else ()
+            return
+        few = trial.spread(documents, self.least_tokens)
+        yield few
+        tokens = trial.num_tokens(few)
+        longer = max(2.0, _LARGER_S / max(1e-9, self.times[stage][1, tokens]))
+        yield trial.spread(documents, round(longer * tokens))
 
     def _timed(
         self,
@@ -339,17 +358,6 @@ class _Trial:
         demands = pruning_demands(self.opened, self.corpora, settings)
         most = max(demand.total_bytes(demand.longest) for demand in demands)
         return dict.fromkeys((SCORE, REFIT, MEASURE), most)
-
-
-def _smaller_and_larger(
-    documents: tuple[TokenizedDocument, ...], least: int
-) -> tuple[tuple[TokenizedDocument, ...], ...]:
-    """Return two parts of documents, of ``least`` tokens and of twice as many; all, where there are few."""
-    if not documents:
-        return ()
-    if trial.num_tokens(documents) <= 3 * least:
-        return (tuple(documents),)
-    return trial.spread(documents, least), trial.spread(documents, 2 * least)
 
 
 def _batch_tokens(opened: OpenModel, corpora: Corpora, wishes: PruneWishes) -> int:
