@@ -95,7 +95,7 @@ def run(arguments: Sequence[str], process: SharedProcess | None = None) -> int:
     own = process or SharedProcess(os.environ, arguments)
     with _terminated_gently(is_last=process is not None and not own.is_alone):
         ended = own.end(_run(arguments, debug, own))
-        if ended.text:
+        if ended.text and not own.has_spoken:
             show_error(ended.text, ended.exit_code)
         return ended.exit_code
 

@@ -46,11 +46,15 @@ def share_work(context: typer.Context, processes: int) -> None:
             )
         return
     if processes > 1:
-        raise typer.Exit(_run([sys.executable, "-m", "cusprun", *own.arguments], processes))
+        code, own.has_spoken = _run([sys.executable, "-m", "cusprun", *own.arguments], processes)
+        raise typer.Exit(code)
 
 
-def _run(command: Sequence[str], processes: int) -> int:
-    """Run a command in so many processes and return the exit code of the first, which speaks for all."""
+def _run(command: Sequence[str], processes: int) -> tuple[int, bool]:
+    """Run a command in so many processes; return the exit code, and whether the first could say why.
+
+    The code is the first's, which speaks for all.
+    """
     import torch.distributed
 
     dist: Any = torch.distributed
@@ -64,8 +68,8 @@ def _run(command: Sequence[str], processes: int) -> int:
         codes = _codes_of(children.started)
     first = codes[0] or next((code for code in codes if code), 0)
     if first and children.told:  # in the midst of loading libraries a signal ends a process in several ways
-        return 128 + children.told[0]
-    return first if first >= 0 else 128 - first
+        return 128 + children.told[0], codes[0] >= 0
+    return first if first >= 0 else 128 - first, codes[0] >= 0
 
 
 def _codes_of(children: Sequence[subprocess.Popen[bytes]]) -> list[int]:

@@ -38,11 +38,13 @@ class Ended:
 class SharedProcess:
     """This process and the others of its run, if a launcher started several.
 
-    ``arguments`` are those of the command line.
+    ``arguments`` are those of the command line; ``has_spoken`` says that processes which this one started
+    have told how they ended.
     """
 
     def __init__(self, environment: Mapping[str, str], arguments: Sequence[str] = ()) -> None:
         self.arguments = tuple(arguments)
+        self.has_spoken = False
         self._environment = environment
         self._run: SharedRun | None = None
         self._finished = threading.Event()

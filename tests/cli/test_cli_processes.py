@@ -76,6 +76,7 @@ def test_told_to_end_they_end_with_nothing_left(work, number) -> None:
     process.send_signal(number)
     _, err = process.communicate()
     assert process.returncode == 128 + number, err
+    assert sum('"event": "error"' in line for line in err.splitlines()) == 1, err
     assert not (work / "store").exists()
 
 
