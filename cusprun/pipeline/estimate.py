@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +30,8 @@ HASH, SCORE, PLAN, REFIT, MEASURE = "start, open and hash", "score", "plan", "re
 _HASH = "0" * 64
 _BATCHES = 2
 """Batches of the smaller trial, at least."""
+_BLOCKS = 3
+"""Blocks of the larger trial: what two of three take is known better than what one of two does."""
 _FEW = 3
 """All documents are tried at once up to so many times the tokens of the smaller trial."""
 _LARGER_S = 15.0
@@ -95,7 +96,7 @@ def estimate(
 ) -> Estimate:
     """Say what :func:`cusprun.prune` with these options will take on this machine as it is; keep nothing.
 
-    One and two blocks of the model are scored, planned, refit, written and measured at their true widths,
+    One and three blocks of the model are scored, planned, refit, written and measured at their true widths,
     with a part of the documents where there are many; the whole is worked out from that. ``units`` may not
     be blocks, which are chosen by the scores of all of them. What the trial writes lies in ``workdir`` (the
     cache unless given) as long as it lasts. ``start_seconds`` is what a process takes
@@ -171,7 +172,7 @@ def _opened(
 
 @dataclass
 class _Trial:
-    """The stages of pruning, on one block and on two, and on few documents and on more."""
+    """The stages of pruning, on one block and on three, and on few documents and on more."""
 
     opened: OpenModel
     corpora: Corpora
@@ -179,13 +180,14 @@ class _Trial:
     scratch: Path
     times: dict[str, dict[tuple[int, int], float]] = field(default_factory=dict)
     watch: trial.MemoryWatch = field(default_factory=trial.MemoryWatch)
+    parts: dict[str, tuple[tuple[TokenizedDocument, ...], ...]] = field(default_factory=dict)
     sizes: dict[int, int] = field(default_factory=dict)
     hash_rate: float = 0.0
     warm_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         shape = self.opened.index.shape
-        self.counts = (1,) if shape.num_hidden_layers == 1 else (1, 2)
+        self.counts = (1,) if shape.num_hidden_layers == 1 else (1, min(_BLOCKS, shape.num_hidden_layers))
         # The refit keeps rows or sums, whichever are smaller: the trial must do what the run will.
         batch = _batch_tokens(self.opened, self.corpora, self.wishes)
         self.least_tokens = max(_BATCHES * batch, round(_SHARE_OF_WIDTH * shape.intermediate_size))
@@ -206,7 +208,7 @@ class _Trial:
         self._score(views[1], (shortest,), self.scratch / "warm")
         self.warm_seconds = time.perf_counter() - started
         for count, view in views.items():
-            for documents in islice(self._parts(SCORE, self.corpora.calibration), None if count == 1 else 1):
+            for documents in self._parts(SCORE, self.corpora.calibration):
                 name = f"{count}-{len(documents)}"
                 self._prune(view, documents, self.scratch / name, is_first=count == 1)
             written = self._expert(count)
@@ -219,18 +221,22 @@ class _Trial:
     def _parts(
         self, stage: str, documents: tuple[TokenizedDocument, ...]
     ) -> Iterator[tuple[TokenizedDocument, ...]]:
-        """Yield few documents and, once a stage has run with these, more; or all, where there are few.
+        """Yield few documents and, once a stage has run with these, more; or all, where that is quick.
 
-        What the second part takes is multiplied by the blocks, and so is its noise: the longer, the better.
+        What a trial takes is multiplied by the blocks, and so is its noise: the longer, the better.
         """
-        if trial.num_tokens(documents) <= _FEW * self.least_tokens:
-            yield from (documents,) if documents else ()
+        if stage not in self.parts and trial.num_tokens(documents) <= _FEW * self.least_tokens:
+            self.parts[stage] = (documents,) if documents else ()
+        if stage in self.parts:
+            yield from self.parts[stage]
             return
         few = trial.spread(documents, self.least_tokens)
         yield few
         tokens = trial.num_tokens(few)
         longer = max(2.0, _LARGER_S / max(1e-9, self.times[stage][1, tokens]))
-        yield trial.spread(documents, round(longer * tokens))
+        more = trial.spread(documents, round(longer * tokens))
+        self.parts[stage] = (more,) if len(more) == len(documents) else (few, more)
+        yield more
 
     def _timed(
         self,
@@ -329,7 +335,8 @@ class _Trial:
     @property
     def expert_bytes(self) -> int:
         """Bytes of the whole expert's weights."""
-        each = self.sizes[max(self.counts)] - self.sizes[1]
+        most = max(self.counts)
+        each = (self.sizes[most] - self.sizes[1]) // max(1, most - 1)
         return self.sizes[1] + (self.opened.index.shape.num_hidden_layers - 1) * each
 
     def stages(self, read_seconds: float) -> tuple[StageEstimate, ...]:

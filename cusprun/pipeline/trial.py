@@ -1,8 +1,8 @@
 """The first blocks of a model, pruned for a trial: what the whole will take is worked out from it.
 
 With l blocks and t tokens a stage takes once + a t + l (b + c t) seconds: opening and writing what is not a
-block; the embedding and the head; loading a block and solving for it; its products. One and two blocks, with
-two numbers of tokens, tell all four.
+block; the embedding, the head and the files of the streams; loading a block and solving for it; its products.
+Two numbers of blocks with two numbers of tokens tell all four; with all tokens one number of them is enough.
 """
 
 from __future__ import annotations
@@ -58,21 +58,16 @@ def num_tokens(documents: Sequence[TokenizedDocument]) -> int:
 def predicted_seconds(times: Mapping[tuple[int, int], float], layers: int, tokens: int) -> float:
     """Return how long a stage takes with ``layers`` blocks and ``tokens`` tokens.
 
-    ``times`` are measured, by blocks (1, and 2 unless the model has one) and tokens (one number or two).
-    Where two blocks were not tried with the larger one, all that its tokens add is taken as the block's.
+    ``times`` are measured, by blocks (1, and more unless the model has one) and tokens (one number or two). A
+    number of tokens that was not tried with every number of blocks counts for nothing.
     """
-    sizes = sorted({size for _, size in times})
-    first = sizes[0]
-    if all(count == 1 for count, _ in times):
+    counts = sorted({count for count, _ in times})
+    every = {size for _, size in times}
+    sizes = sorted(size for size in every if all((count, size) in times for count in counts))
+    most = counts[-1]
+    if most == 1:
         return _along(sizes, [times[1, size] for size in sizes], tokens)
-    second = times[2, first] - times[1, first]
-    by_layer = [
-        max(
-            0.0,
-            times.get((2, size), times[1, size] + second + times[1, size] - times[1, first]) - times[1, size],
-        )
-        for size in sizes
-    ]
+    by_layer = [max(0.0, times[most, size] - times[1, size]) / (most - 1) for size in sizes]
     rest = [max(0.0, times[1, size] - each) for size, each in zip(sizes, by_layer, strict=True)]
     return _along(sizes, rest, tokens) + layers * _along(sizes, by_layer, tokens)
 
