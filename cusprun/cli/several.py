@@ -68,8 +68,8 @@ def _run(command: Sequence[str], processes: int) -> tuple[int, bool]:
         codes = _codes_of(children.started)
     first = codes[0] or next((code for code in codes if code), 0)
     if first and children.told:  # in the midst of loading libraries a signal ends a process in several ways
-        return 128 + children.told[0], codes[0] >= 0
-    return first if first >= 0 else 128 - first, codes[0] >= 0
+        return 128 + children.told[0], codes[0] > 0
+    return first if first >= 0 else 128 - first, codes[0] > 0
 
 
 def _codes_of(children: Sequence[subprocess.Popen[bytes]]) -> list[int]:
