@@ -16,7 +16,7 @@ from cusprun.checkpoint.index import open_checkpoint
 from cusprun.cli.console import duration
 from cusprun.codec import load_json
 from cusprun.pipeline.trial import first_blocks, num_tokens, predicted_seconds, spread
-from cusprun.records import Manifest
+from cusprun.records import Corpora, Manifest
 from cusprun.walk.shell import DecoderShell
 
 ASK = ("prune", "model", "--expert", "expert.yaml", "--estimate", "--for", "gguf:f16")
@@ -91,6 +91,28 @@ def test_an_estimate_is_told_and_leaves_nothing(work: Path, cusprun: Any) -> Non
     assert told["memory_bytes"] == max(stage["memory_bytes"] for stage in told["stages"])
     assert duration(told["seconds"]) in outcome.out
     assert "From 2 of 2 blocks" in outcome.out
+
+
+@pytest.mark.parametrize(("seconds", "share"), [(1.0, 1.0), (100.0, 0.5)])
+def test_a_quick_block_is_tried_on_all_documents_and_a_slow_one_on_a_part(
+    seconds: float, share: float, work: Path
+) -> None:
+    from cusprun.pipeline.estimate import SCORE, _Trial
+    from cusprun.pipeline.opening import open_model
+    from cusprun.pipeline.wishes import PruneWishes
+
+    texts = documents(600)
+    every = num_tokens(texts)
+    trial = _Trial(open_model("model"), Corpora(texts, ()), PruneWishes(ratio=0.25), work)
+    trial.least_tokens = every // 5
+    first = trial._parts(SCORE, texts)
+    few = next(first)
+    assert num_tokens(few) == pytest.approx(trial.least_tokens, rel=0.2)
+    trial.times[SCORE] = {(1, num_tokens(few)): seconds}
+    more = next(first)
+    assert num_tokens(more) == pytest.approx(share * every, rel=0.1)
+    assert next(first, None) is None
+    assert list(trial._parts(SCORE, texts)) == ([more] if share == 1 else [few, more])
 
 
 def test_the_disk_is_what_pruning_leaves(work: Path, cusprun: Any) -> None:
